@@ -1,0 +1,1 @@
+"""Generation with draft trees: `generate`, prefill, the decode loop and its parts."""

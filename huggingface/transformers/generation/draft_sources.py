@@ -1,0 +1,115 @@
+"""Where the tokens of a draft tree come from.
+
+Verification does not care who proposed a node, so a source only has to fill a shape.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .draft_tree import DraftTree, TreeShape
+
+CANDIDATES = 16
+"""Tokens a stream puts forward before the transition bias ranks them; past this the bias never lifted one into a tree."""
+
+
+class DraftSource(Protocol):
+    """Fills a tree shape with tokens."""
+
+    def propose(
+        self, model, root: torch.Tensor, stream_hidden: torch.Tensor | None, shape: TreeShape
+    ) -> DraftTree:
+        """Returns the tree.
+
+        Args:
+            model: decoder with streams.
+            root: (batch,) int64 last committed tokens.
+            stream_hidden: (batch, streams, hidden) stream states at the last accepted node, or `None`.
+            shape: shape to fill.
+        """
+        ...
+
+
+class StreamSource:
+    """Drafts from the streams: stream j names candidates for depth j, the transition bias ranks them for each parent."""
+
+    def propose(
+        self, model, root: torch.Tensor, stream_hidden: torch.Tensor | None, shape: TreeShape
+    ) -> DraftTree:
+        tokens = root[:, None]
+        if shape.nodes == 1 or stream_hidden is None:
+            return DraftTree(TreeShape((-1,), shape.streams), tokens)
+        tables = shape.tables(root.device)
+        tokens = tokens.repeat(1, shape.nodes)
+        logits = model.get_output_embeddings()(stream_hidden[:, : shape.depth])
+        count = min(max(CANDIDATES, 2 * max(level.width for level in tables.levels)), logits.shape[-1])
+        scores, candidates = logits.float().topk(count)
+        biased = bool(model.streams.config.transition_rank)
+        keys = model.transition_keys(candidates=candidates).float() if biased else None
+        for depth, level in enumerate(tables.levels):
+            level_scores = scores[:, depth, None]
+            if keys is not None:
+                parents = model.transition_keys(parent_tokens=tokens[:, level.parents]).float()
+                level_scores = level_scores + parents @ keys[:, depth].transpose(1, 2)
+            best = level_scores.topk(level.width).indices
+            chosen = candidates[:, depth, None].expand(-1, best.shape[1], -1).gather(2, best)
+            if chosen.shape[1] == 1:
+                chosen = chosen.expand(-1, len(level.parents), -1)
+            tokens[:, level.nodes] = chosen[:, level.slots, level.ranks]
+        return DraftTree(shape, tokens)
+
+
+@dataclass
+class OracleSource:
+    """Drafts at a set acceptance ratio, for the sweep of tokens/s against acceptance.
+
+    The wrapped source works as always, so that the cost is real. Then its tokens are replaced: at each depth the first child
+    of the right path holds the known next token with probability `ratio`; every other node holds a wrong one.
+
+    Attributes:
+        source: the source whose cost is paid.
+        known: tokens that plain decoding emits for each sequence, the first one included.
+        ratio: probability that a depth offers the right token.
+        generator: source of the draws.
+        emitted: tokens emitted so far for each sequence; the loop counts on.
+    """
+
+    source: DraftSource
+    known: list[list[int]]
+    ratio: float
+    generator: random.Random
+    emitted: list[int]
+
+    def propose(
+        self, model, root: torch.Tensor, stream_hidden: torch.Tensor | None, shape: TreeShape
+    ) -> DraftTree:
+        tree = self.source.propose(model, root, stream_hidden, shape)
+        if tree.shape.nodes == 1:
+            return tree
+        vocab = model.config.vocab_size
+        spine = set(_first_children(tree.shape))
+        rows = []
+        for sequence, count in zip(self.known, self.emitted, strict=True):
+            # Past the end of the known tokens the loop emits nothing any more; any token does.
+            right = [sequence[min(count + depth - 1, len(sequence) - 1)] for depth in tree.shape.depths]
+            hit = [self.generator.random() < self.ratio for _ in range(tree.shape.depth + 1)]
+            offers = [node in spine and hit[depth] for node, depth in enumerate(tree.shape.depths)]
+            rows.append(
+                [token if offer else (token + 1) % vocab for token, offer in zip(right, offers, strict=True)]
+            )
+        tokens = torch.tensor(rows, device=root.device)
+        tokens[:, 0] = root
+        return DraftTree(tree.shape, tokens)
+
+
+def _first_children(shape: TreeShape) -> list[int]:
+    """Returns the nodes of the path that follows each node's first child."""
+    path = [0]
+    for node, parent in enumerate(shape.parents):
+        if parent == path[-1] and shape.ranks[node] == 0:
+            path.append(node)
+    return path

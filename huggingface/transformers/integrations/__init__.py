@@ -1,0 +1,1 @@
+"""Kernels and attention functions, each beside its plain-PyTorch reference."""

@@ -1,0 +1,1 @@
+"""Model families that differ from upstream, and the streams added to them."""

@@ -1,0 +1,1 @@
+"""GPT-Neo with attention on upstream's attention interface."""

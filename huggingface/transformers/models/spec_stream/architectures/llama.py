@@ -1,0 +1,51 @@
+"""Streams on Llama: rotary positions, grouped key/value heads, RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from ..configuration_spec_stream import StreamFields
+from ..modeling_spec_stream import StreamDecoder
+
+
+class StreamLlamaConfig(StreamFields, LlamaConfig):
+    """Llama's configuration with streams."""
+
+    model_type = "spec_stream_llama"
+
+
+class StreamLlamaForCausalLM(StreamDecoder, LlamaForCausalLM):
+    """Llama with streams."""
+
+    config_class = StreamLlamaConfig
+    stock_config_class = LlamaConfig
+    stock_class = LlamaForCausalLM
+    stream_linears = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+
+    def decoder_layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    def embed_rows(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(tokens)
+
+    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.rotary_emb(hidden, positions)
+
+    def run_layer(self, index, hidden, mask, rotary, cache):
+        return self.model.layers[index](
+            hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache
+        )
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.norm(hidden)

@@ -1,0 +1,108 @@
+"""Saving and loading streams: a whole model, or the streams alone beside a reference to their base model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+STREAM_PREFIX = "streams."
+
+
+class StreamCheckpointMixin:
+    """`from_pretrained` and `save_pretrained` of a decoder with streams.
+
+    With `config.base_model_name_or_path` set, the checkpoint holds the stream weights alone and the main weights come from there.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
+        """Returns the model; see upstream's `from_pretrained` for the arguments.
+
+        Raises:
+            ValueError: the checkpoint lacks stream weights, holds unknown ones, or belongs to another base model.
+        """
+        init_streams = kwargs.pop("init_streams", False)
+        config = kwargs.get("config")
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
+            kwargs["config"] = config
+        wanted_info = kwargs.pop("output_loading_info", False)
+        base = getattr(config, "base_model_name_or_path", None)
+        if base is not None and not init_streams:
+            model = cls._from_base(pretrained_model_name_or_path, base, *args, **kwargs)
+            return (model, {}) if wanted_info else model
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if not init_streams:
+            _check_stream_keys(pretrained_model_name_or_path, info)
+        return (model, info) if wanted_info else model
+
+    @classmethod
+    def _from_base(cls, directory, base: str, *args: Any, **kwargs: Any):
+        """Returns the base model's main weights with the streams of `directory`."""
+        base_path = _beside(directory, base)
+        config = kwargs["config"]
+        _check_same_base(config, AutoConfig.from_pretrained(base_path), directory, base_path)
+        model, _ = super().from_pretrained(base_path, *args, output_loading_info=True, **kwargs)
+        _load_streams(model, Path(directory))
+        return model
+
+    def save_pretrained(self, save_directory, *args: Any, state_dict: dict | None = None, **kwargs: Any):
+        """Saves the model, or its streams alone where the configuration names a base model."""
+        if self.config.base_model_name_or_path is not None and state_dict is None:
+            state_dict = {k: v for k, v in self.state_dict().items() if k.startswith(STREAM_PREFIX)}
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _beside(directory: str | os.PathLike, base: str) -> str:
+    """Returns the base model's path; a relative one is looked up beside the streams first."""
+    candidate = Path(directory) / base
+    return str(candidate.resolve()) if candidate.is_dir() else base
+
+
+def _check_same_base(config, base_config, directory, base_path: str) -> None:
+    for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        ours, theirs = getattr(config, field), getattr(base_config, field)
+        if ours != theirs:
+            raise ValueError(
+                f"the streams in {directory} were trained for a model with {field} {ours}, but the base model {base_path} "
+                f"has {theirs}; point base_model_name_or_path in config.json at the right base model."
+            )
+
+
+def _check_stream_keys(directory, info: dict[str, Any]) -> None:
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(STREAM_PREFIX))
+    unexpected = sorted(key for key in info["unexpected_keys"] if key.startswith(STREAM_PREFIX))
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint {directory} does not hold the streams its config.json describes: missing {missing}, "
+            f"unexpected {unexpected}; restore the files or train the streams again with train_spec_stream.py."
+        )
+
+
+def _load_streams(model, directory: Path) -> None:
+    """Loads stream weights into `model`, every one of them and nothing else."""
+    from safetensors.torch import load_file
+
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no model.safetensors with stream weights; copy the whole checkpoint.")
+    saved: dict[str, torch.Tensor] = load_file(path)
+    expected = {k: v for k, v in model.state_dict().items() if k.startswith(STREAM_PREFIX)}
+    _check_stream_keys(
+        directory,
+        {"missing_keys": expected.keys() - saved.keys(), "unexpected_keys": saved.keys() - expected.keys()},
+    )
+    shapes = {k: (tuple(saved[k].shape), tuple(v.shape)) for k, v in expected.items()}
+    wrong = {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}
+    if wrong:
+        raise ValueError(
+            f"stream weights in {directory} have shapes (saved, expected) {wrong}; the streams belong to another "
+            "configuration: restore config.json and model.safetensors together."
+        )
+    model.load_state_dict(saved, strict=False)
