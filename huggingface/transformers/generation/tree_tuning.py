@@ -129,6 +129,13 @@ def saved_settings(model) -> dict[str, Any]:
     return dict(getattr(model.generation_config, CONFIG_KEY, None) or {})
 
 
+def update_settings(model, **values: Any) -> None:
+    """Adds to what the model's `generation_config` says of drafting; `save_pretrained` then keeps it."""
+    setattr(model.generation_config, CONFIG_KEY, {**saved_settings(model), **values})
+    # Upstream drops everything it does not know from a generation configuration that it derived itself.
+    model.generation_config._from_model_config = False
+
+
 def rank_accuracy(model) -> list[list[float]]:
     """Returns the calibrated accuracy of each stream and rank, or a cautious guess for a model never calibrated."""
     saved = saved_settings(model).get("rank_accuracy")
@@ -222,10 +229,6 @@ def tune(model, sizes: Sequence[int] = SIZES, context: int = 256, batch: int = 1
         if shape.nodes == nodes
     }
     best, expected = choose_tree(accuracy, cost, streams)
-    settings = saved_settings(model)
-    settings["draft_nodes"] = {
-        **settings.get("draft_nodes", {}),
-        device_name(model.device): best.nodes,
-    }
-    setattr(model.generation_config, CONFIG_KEY, settings)
+    tuned = {**saved_settings(model).get("draft_nodes", {}), device_name(model.device): best.nodes}
+    update_settings(model, draft_nodes=tuned)
     return Tuning(best.nodes, cost, expected)

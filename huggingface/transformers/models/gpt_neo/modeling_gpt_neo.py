@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo import modeling_gpt_neo as upstream
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
+from ...integrations import flash_attention
 from ...masking_utils import attention_mask_from, visible_between
 
 
@@ -214,7 +215,7 @@ class SpecGPTNeoModel(SpecGPTNeoPreTrainedModel):
             return dict(attention_mask)
         if attention_mask is not None and attention_mask.dim() == 4:
             return {"global": attention_mask, "local": attention_mask}
-        if "flash" in self.config._attn_implementation:
+        if self.config._attn_implementation == flash_attention.NAME:
             return {"global": attention_mask, "local": attention_mask}
         keys = cache.get_mask_sizes(slots.shape[1], 0)[0] if cache is not None else slots.shape[1]
         key_slots = torch.arange(keys, device=slots.device)[None]

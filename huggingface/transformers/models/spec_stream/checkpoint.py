@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 STREAM_PREFIX = "streams."
 
@@ -50,6 +50,7 @@ class StreamCheckpointMixin:
         _check_same_base(config, AutoConfig.from_pretrained(base_path), directory, base_path)
         model, _ = super().from_pretrained(base_path, *args, output_loading_info=True, **kwargs)
         _load_streams(model, Path(directory))
+        model.generation_config = GenerationConfig.from_pretrained(directory)
         return model
 
     def save_pretrained(self, save_directory, *args: Any, state_dict: dict | None = None, **kwargs: Any):

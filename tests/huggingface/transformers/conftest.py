@@ -1,0 +1,107 @@
+"""Tiny random models of every architecture, and their stock twins."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import huggingface.transformers  # noqa: F401 - registers the stream models
+from huggingface.transformers.models.spec_stream import stock_class, stock_config
+from huggingface.transformers.models.spec_stream.architectures.gpt_neo import (
+    StreamGPTNeoConfig,
+    StreamGPTNeoForCausalLM,
+)
+from huggingface.transformers.models.spec_stream.architectures.llama import (
+    StreamLlamaConfig,
+    StreamLlamaForCausalLM,
+)
+
+VOCAB = 13
+EOS = 0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def _config(architecture: str, **fields):
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "max_position_embeddings": 64,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        "pad_token_id": EOS,
+        "streams": 3,
+        "stream_layers": 2,
+        "lora_rank": 2,
+        "transition_rank": 4,
+    }
+    if architecture == "gpt_neo":
+        return StreamGPTNeoConfig(
+            num_layers=4,
+            num_heads=2,
+            attention_types=[[["global", "local"], 2]],
+            window_size=8,
+            resid_dropout=0.0,
+            embed_dropout=0.0,
+            attention_dropout=0.0,
+            **{**common, **fields},
+        )
+    return StreamLlamaConfig(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        **{**common, **fields},
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def build(architecture: str, dtype=torch.float64, implementation: str = "sdpa", seed: int = 0, fields=()):
+    """Returns a random model of tame weights whose streams and main path disagree often, but not always."""
+    config = _config(architecture, **dict(fields))
+    config._attn_implementation = implementation
+    model_class = StreamGPTNeoForCausalLM if architecture == "gpt_neo" else StreamLlamaForCausalLM
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    return model.to(dtype)
+
+
+@pytest.fixture(params=["gpt_neo", "llama"])
+def architecture(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_model():
+    """Returns `make_model(architecture, dtype, implementation, seed, **fields)`."""
+
+    def make(architecture, dtype=torch.float64, implementation="sdpa", seed=0, **fields):
+        return build(architecture, dtype, implementation, seed, tuple(sorted(fields.items())))
+
+    return make
+
+
+@pytest.fixture
+def make_stock():
+    """Returns `make_stock(model)`: upstream's own class with the same main weights, eager attention."""
+
+    @functools.lru_cache(maxsize=32)
+    def make(model):
+        config = stock_config(model.config)
+        config._attn_implementation = "eager"
+        stock = stock_class(model.config)(config).eval().to(model.dtype)
+        main = {k: v for k, v in model.state_dict().items() if not k.startswith("streams.")}
+        result = stock.load_state_dict(main, strict=False)
+        assert not result.unexpected_keys
+        assert set(result.missing_keys) <= {"lm_head.weight"}
+        return stock
+
+    return make
