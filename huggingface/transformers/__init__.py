@@ -4,6 +4,8 @@ Importing this package registers our names with upstream: the stream models with
 with its attention interface. It is the one import of the project with an effect.
 """
 
+from .integrations import flash_attention
 from .models import spec_stream
 
 spec_stream.register()
+flash_attention.register()

@@ -73,15 +73,16 @@ def visible_in_step(
 def attention_mask_from(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns the additive mask that upstream's `sdpa` and `eager` functions both take.
 
-    Additive rather than boolean because SDPA would turn a boolean mask into this one again in every layer.
+    Additive rather than boolean because SDPA would turn a boolean mask into this one again in every layer. Hidden keys get a large
+    number, not the dtype's largest: kernels scale scores to base 2, and where a whole tile of keys is hidden, as behind a local
+    window, an overflow to infinity minus itself is NaN.
 
     Args:
         visible: bool, (batch or 1, 1, queries, keys).
         dtype: floating dtype of the queries.
     """
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        visible.logical_not(), torch.finfo(dtype).min
-    )
+    hidden = max(-1e9, torch.finfo(dtype).min / 4)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)
 
 
 def visible_with_streams(

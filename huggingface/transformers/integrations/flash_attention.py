@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -95,7 +96,12 @@ def flash_attention_forward(
         if last > first:
             one = slice(row, row + 1)
             output[one, first:last] = attend(
-                query[one, first:last], key[one, start:stop], value[one, start:stop], scale, sliding_window, causal
+                query[one, first:last],
+                key[one, start:stop],
+                value[one, start:stop],
+                scale,
+                sliding_window,
+                causal,
             )
     return output, None
 
@@ -179,6 +185,64 @@ def flash_attn_attention(
     return flash_attn_func(query, key, value, softmax_scale=scale, causal=causal, window_size=sides)
 
 
+def kernel_error(
+    lengths: tuple[int, int],
+    heads: tuple[int, int],
+    head_dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: str = "cuda",
+) -> tuple[float, float]:
+    """Returns the largest error of the device's kernel and the error it may have, on random inputs against float64.
+
+    The kernels round the softmax weights to `dtype` before the product with the values, which costs up to one unit in the last
+    place of the largest value; the reference rounds its result alone.
+
+    Args:
+        lengths: queries and keys.
+        heads: query and key/value heads.
+        head_dim: width of a head.
+        window: a query sees at most so many keys; `None` for no limit.
+        dtype: of the inputs.
+        device: where the kernel runs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = ((lengths[0], heads[0]), (lengths[1], heads[1]), (lengths[1], heads[1]))
+    query, key, value = (
+        torch.randn(2, count, number, head_dim, generator=generator).to(device=device, dtype=dtype)
+        for count, number in rows
+    )
+    scale = head_dim**-0.5
+    exact = reference_attention(query.double(), key.double(), value.double(), scale, window)
+    rounded = reference_attention(query, key, value, scale, window)
+    got = _kernel(query.device)(query, key, value, scale, window, True)
+    allowed = 2 * (rounded - exact).abs().max().item() + torch.finfo(dtype).eps * value.abs().max().item()
+    return (got - exact).abs().max().item(), allowed
+
+
+def self_check(device: str = "cuda") -> list[str]:
+    """Returns one line per case in which the device's kernel strays from the reference; an empty list is the good answer.
+
+    `python -c "from huggingface.transformers.integrations.flash_attention import self_check; raise SystemExit(self_check())"`
+    """
+    cases = itertools.product(
+        ((1, 1), (1, 700), (700, 700), (13, 700), (300, 301)),
+        ((4, 4), (8, 2), (6, 2)),
+        (64, 80, 128),
+        (None, 1, 5, 64, 256, 1000),
+        KERNEL_DTYPES,
+    )
+    wrong = []
+    for case in cases:
+        error, allowed = kernel_error(*case, device)
+        # Negated so that an undefined error counts as one.
+        if not error <= allowed:
+            wrong.append(
+                f"(lengths, heads, head_dim, window, dtype) {case}: error {error:.3g}, allowed {allowed:.3g}"
+            )
+    return wrong
+
+
 def _window_sides(window: int | None, causal: bool) -> tuple[int | None, int | None]:
     """Returns keys visible to the left and right of a query's own; the kernels ignore `causal` once a window is given."""
     if window is None:
@@ -196,9 +260,7 @@ def _flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _check(
-    query: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, object]
-) -> None:
+def _check(query: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, object]) -> None:
     if mask is not None and mask.dim() != 2:
         raise ValueError(
             f"flash takes a (batch, keys) padding mask, got {mask.dim()} dimensions; use sdpa for trees and other masks."
@@ -211,7 +273,9 @@ def _check(
     if query.device.type != "cuda":
         return
     if query.dtype not in KERNEL_DTYPES:
-        raise ValueError(f"flash needs float16 or bfloat16, got {query.dtype}; load the model in one of them.")
+        raise ValueError(
+            f"flash needs float16 or bfloat16, got {query.dtype}; load the model in one of them."
+        )
     if query.shape[-1] % 8 or query.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(
             f"flash needs a head_dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {query.shape[-1]}; use sdpa."
@@ -228,13 +292,15 @@ def _spans(mask: torch.Tensor | None, keys: int) -> list[Span] | None:
     known = getattr(mask, "_flash_spans", None)
     if known is None:
         known = _read_spans(mask, keys)
-        mask._flash_spans = known  # type: ignore[attr-defined]
+        mask._flash_spans = known
     return None if all(span == (0, keys) for span in known) else list(known)
 
 
 def _read_spans(mask: torch.Tensor, keys: int) -> list[Span]:
     if mask.shape[1] != keys:
-        raise ValueError(f"flash got a mask over {mask.shape[1]} keys for {keys} keys; it takes no static cache.")
+        raise ValueError(
+            f"flash got a mask over {mask.shape[1]} keys for {keys} keys; it takes no static cache."
+        )
     valid = mask.bool()
     starts = valid.int().argmax(-1)
     counts = valid.sum(-1)

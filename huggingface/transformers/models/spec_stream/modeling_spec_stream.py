@@ -14,6 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ...generation.utils import SpecGenerationMixin
+from ...integrations.sdpa_kernels import shape_agnostic_kernels
 from ...masking_utils import attention_mask_from, visible_between, visible_with_streams
 from .checkpoint import StreamCheckpointMixin
 from .configuration_spec_stream import StreamConfig
@@ -86,8 +87,9 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         self, indices: Iterable[int], hidden: torch.Tensor, positions, masks: Masks, cache: Cache | None
     ) -> torch.Tensor:
         rotary = self.rotary(hidden, positions)
-        for index in indices:
-            hidden = self.run_layer(index, hidden, masks[self.layer_window(index)], rotary, cache)
+        with shape_agnostic_kernels(hidden.device):
+            for index in indices:
+                hidden = self.run_layer(index, hidden, masks[self.layer_window(index)], rotary, cache)
         return hidden
 
     def run_below(

@@ -1,0 +1,1 @@
+"""Measures decoding techniques: run plan, worker processes, records, metric definitions, statistics, summary, figures."""

@@ -1,0 +1,190 @@
+"""Everything that must hold before a model loads: names, folders, checkpoint, data; and the plan that follows from them."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from benchmark import checkpoint as checkpoints
+from benchmark.answers import Examples
+from benchmark.checkpoint import Checkpoint
+from benchmark.config import RunConfig
+from benchmark.errors import RunError, UsageError
+from benchmark.hub_checkpoint import fetch
+from benchmark.plan import Contender, RunPlan, make_groups
+from benchmark.selection import Selection, estimates
+from datasets_code import DATASETS, DataError, Dataset, LoadedSet, MissingDataError, get_dataset
+
+logger = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[1]
+SPLIT = "test"
+MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Data:
+    """The prompts of a run and what scores their answers.
+
+    Args:
+        sets: data set -> what scores it.
+        loaded: data set -> examples, source, skipped rows.
+    """
+
+    sets: Mapping[str, Dataset]
+    loaded: Mapping[str, LoadedSet]
+
+    @property
+    def examples(self) -> Examples:
+        """Data set -> prompt id -> example."""
+        return {name: {item.id: item for item in part.examples} for name, part in self.loaded.items()}
+
+    @property
+    def prompt_ids(self) -> dict[str, tuple[str, ...]]:
+        """Data set -> ids of its prompts."""
+        return {name: tuple(item.id for item in part.examples) for name, part in self.loaded.items()}
+
+    def skipped_rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns data set -> rows that were left out, with their reasons."""
+        rows = {
+            name: [{"index": row.index, "reason": row.reason} for row in part.skipped]
+            for name, part in self.loaded.items()
+        }
+        return {name: skipped for name, skipped in rows.items() if skipped}
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what `config.json` says of the data."""
+        return {
+            "data_source": {name: part.source for name, part in self.loaded.items()},
+            "data_fingerprint": {name: _fingerprint(part) for name, part in self.loaded.items()},
+            "data_notes": {name: part.note for name, part in self.loaded.items() if part.note},
+        }
+
+
+def _fingerprint(part: LoadedSet) -> str:
+    text = "\0".join(f"{item.id}\0{item.prompt.text}\0{item.references}" for item in part.examples)
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def check_data_flags(config: RunConfig) -> None:
+    """Raises UsageError for an unknown data set or a `--data_dir` that is not there."""
+    for name in config.datasets:
+        if name not in DATASETS:
+            raise UsageError(f"--datasets got '{name}', expected some of {', '.join(DATASETS)}.")
+    if config.data_dir is not None and not Path(config.data_dir).is_dir():
+        raise UsageError(
+            f"--data_dir {config.data_dir} is not a folder; give the one that holds the release files."
+        )
+
+
+def open_checkpoint(config: RunConfig) -> Checkpoint:
+    """Returns the checkpoint of a run after its checks.
+
+    Raises:
+        UsageError: there is none of this name.
+        RunError: it is unsafe, incomplete or corrupt.
+    """
+    path = checkpoints.locate(config.model_name_or_path, ROOT) or fetch(config.model_name_or_path)
+    return checkpoints.inspect(path, config.random_weights)
+
+
+def load_data(config: RunConfig) -> Data:
+    """Returns the prompts of all data sets.
+
+    Raises:
+        UsageError: a folder that was asked for is missing.
+        RunError: data that cannot be read.
+    """
+    sets: dict[str, Dataset] = {}
+    loaded: dict[str, LoadedSet] = {}
+    folder = Path(config.data_dir) if config.data_dir else None
+    for name in config.datasets:
+        try:
+            sets[name] = get_dataset(
+                name, **({"prompt_tokens": config.prompt_tokens} if name == "synthetic" else {})
+            )
+            loaded[name] = sets[name].load(SPLIT, folder, config.limit, config.seed)
+        except MissingDataError as error:
+            raise UsageError(str(error)) from None
+        except DataError as error:
+            raise RunError(str(error)) from None
+        part = loaded[name]
+        logger.info(
+            "%s: %d prompts from %s%s",
+            name,
+            len(part.examples),
+            part.source,
+            f" ({part.note})" if part.note else "",
+        )
+        if part.skipped:
+            first = part.skipped[0]
+            logger.warning(
+                "%s: %d rows skipped, the first is row %d: %s",
+                name,
+                len(part.skipped),
+                first.index,
+                first.reason,
+            )
+    return Data(sets, loaded)
+
+
+def first_plan(
+    config: RunConfig, selection: Selection, data: Data, checkpoint: Checkpoint, machine: Mapping[str, Any]
+) -> tuple[RunPlan, dict[str, Any]]:
+    """Returns the plan of a new run, and what `config.json` says of its groups.
+
+    Args:
+        config: the run's options.
+        selection: its techniques.
+        data: its prompts.
+        checkpoint: tells how large a worker gets.
+        machine: tells how much memory there is.
+    """
+    names = list(selection.contenders)
+    on_device = machine["device"] != "cpu"
+    parameters = checkpoint.parameters or parameters_of(checkpoint.config)
+    memory = estimates(selection.contenders, parameters, on_device)
+    budget = int(machine["free_bytes"] * MEMORY_SHARE)
+    groups = make_groups(names[0], names[1:], memory, budget)
+    plan = RunPlan(
+        groups, data.prompt_ids, config.batch_size, config.num_runs, selection.contenders, config.seed
+    )
+    if len(groups) > 1:
+        logger.info("%d groups, since not all workers fit %.1f GiB at once", len(groups), budget / 2**30)
+    return plan, {"worker_bytes_estimated": memory, "memory_budget_bytes": budget}
+
+
+def saved_plan(config: RunConfig, saved: Mapping[str, Any], data: Data) -> RunPlan:
+    """Returns the plan of a run that is resumed, as its `config.json` holds it.
+
+    Raises:
+        UsageError: the prompts are others than those the run began with.
+    """
+    before, now = saved["data_fingerprint"], data.as_json()["data_fingerprint"]
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UsageError(
+            f"the prompts of {', '.join(changed)} are not those this run began with ({saved['data_source']}); "
+            "restore the data, or give another --run_name, or --overwrite."
+        )
+    contenders = {
+        name: Contender(name, values["recipe"], values["twin"])
+        for name, values in saved["techniques"].items()
+    }
+    groups = tuple(tuple(names) for names in saved["groups"])
+    return RunPlan(groups, data.prompt_ids, config.batch_size, config.num_runs, contenders, config.seed)
+
+
+def parameters_of(config: Mapping[str, Any]) -> int:
+    """Returns about how many parameters a config describes; used where there are no weights to count."""
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    layers = int(config.get("num_hidden_layers") or config.get("num_layers") or config.get("n_layer") or 0)
+    return 12 * layers * hidden * hidden + int(config.get("vocab_size") or 0) * hidden
+
+
+def resolved(config: RunConfig, machine: Mapping[str, Any]) -> RunConfig:
+    """Returns the options with `auto` replaced by what it meant on this machine."""
+    device = str(machine["device"])
+    dtype = config.dtype if config.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    return replace(config, device=device, dtype=dtype)

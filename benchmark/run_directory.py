@@ -1,0 +1,183 @@
+"""One run's directory: its name, its files, and whether an earlier run in it is the same one."""
+
+import errno
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from benchmark.config import PLACE_FIELDS, RunConfig
+from benchmark.errors import RunError, UsageError
+from benchmark.files import read_json, read_lines, write_atomically, write_json, write_lines
+from benchmark.records import Record, from_json, settled
+
+SCHEMA_VERSION = 1
+RECORD_FILES = ("records", "warmup", "breakdown", "sweep")
+OTHER_FILES = (
+    "config.json",
+    "environment.json",
+    "techniques.json",
+    "divergences.jsonl",
+    "summary.json",
+    "summary.csv",
+)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of a run.
+
+    Args:
+        path: the directory.
+    """
+
+    path: Path
+
+    def file(self, name: str) -> Path:
+        """Returns the path of one of its files."""
+        return self.path / name
+
+    def records(self, kind: str = "records") -> list[Record]:
+        """Returns the records of `records`, `warmup`, `breakdown` or `sweep`; a torn last line is left out.
+
+        Raises:
+            RunError: a whole line is something else.
+        """
+        path = self.file(f"{kind}.jsonl")
+        try:
+            return [from_json(values) for values in read_lines(path)]
+        except TypeError as error:
+            raise RunError(
+                f"{path} holds a line that is no record ({error}); add --overwrite to start anew."
+            ) from None
+
+    def repair(self, kind: str) -> list[Record]:
+        """Returns the records worth keeping, and leaves only these in the file: torn and failed ones are asked for anew."""
+        kept = settled(self.records(kind))
+        write_lines(self.file(f"{kind}.jsonl"), (record.as_json() for record in kept))
+        return kept
+
+    def loaded(self) -> dict[str, dict[str, Any]]:
+        """Returns technique -> what its worker said when it had loaded."""
+        return read_json(self.file("techniques.json")) or {}
+
+    def save_loaded(self, loaded: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds what workers said when they had loaded."""
+        before = self.loaded()
+        if any(before.get(name) != values for name, values in loaded.items()):
+            write_json(self.file("techniques.json"), before | dict(loaded))
+
+    def clear(self) -> None:
+        """Deletes what an earlier run wrote, and nothing else."""
+        names = [*OTHER_FILES, *(f"{kind}.jsonl" for kind in RECORD_FILES)]
+        for path in [
+            *map(self.file, names),
+            *self.path.glob("worker_*.log"),
+            *self.path.glob("figures/*.png"),
+        ]:
+            path.unlink(missing_ok=True)
+
+
+def run_name(config: RunConfig, fingerprint: str, today: date) -> str:
+    """Returns the run's name: the one asked for, else date and hash of all that decides results.
+
+    A run of the same hash that did not finish is resumed under the date it began on.
+    """
+    if config.run_name is not None:
+        return config.run_name
+    text = json.dumps(config.decides_results() | {"checkpoint": fingerprint}, sort_keys=True)
+    digest = sha256(text.encode()).hexdigest()[:8]
+    earlier = sorted(path for path in Path(config.output_dir).glob(f"????-??-??_{digest}") if path.is_dir())
+    if config.resume and earlier and not (earlier[-1] / "summary.json").exists():
+        return earlier[-1].name
+    return f"{today.isoformat()}_{digest}"
+
+
+def make(config: RunConfig, name: str) -> RunDirectory:
+    """Makes the directory and checks that files can be written in it.
+
+    Raises:
+        UsageError: a file is in the way.
+        RunError: the place cannot be written.
+    """
+    path = Path(config.output_dir) / name
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / ".probe", "x" * 4096)
+        (path / ".probe").unlink()
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(
+            f"--output_dir: {path} cannot be a folder, a file is in the way; choose another."
+        ) from None
+    except OSError as error:
+        raise RunError(describe_os_error(error, path)) from None
+    return RunDirectory(path)
+
+
+def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> dict[str, Any] | None:
+    """Returns the saved config of an earlier run of the same options, None where there is no earlier run.
+
+    Raises:
+        UsageError: the earlier run had other options, which are named, or resuming is off.
+    """
+    saved = _saved_config(directory)
+    if saved is None:
+        if directory.file("records.jsonl").exists():
+            raise UsageError(
+                f"{directory.path} holds records without a config.json; add --overwrite to start anew."
+            )
+        return None
+    if not config.resume:
+        raise UsageError(
+            f"{directory.path} holds an earlier run; add --overwrite, or give another --run_name."
+        )
+    if saved.get("schema_version") != SCHEMA_VERSION:
+        raise UsageError(
+            f"{directory.path} was written by another version of this project (schema {saved.get('schema_version')}, "
+            f"expected {SCHEMA_VERSION}); give another --run_name, or --overwrite."
+        )
+    asked = saved.get("flags_given") or {}
+    now = config.decides_results()
+    differing = [
+        f"--{name}" for name in sorted({*now, *asked} - set(PLACE_FIELDS)) if now.get(name) != asked.get(name)
+    ]
+    if differing:
+        changes = ", ".join(f"{flag} {_shown(asked, flag)} -> {_shown(now, flag)}" for flag in differing)
+        raise UsageError(
+            f"{directory.path} was begun with other options ({changes}); give the same, another --run_name, or --overwrite."
+        )
+    if saved.get("checkpoint_fingerprint") != fingerprint:
+        raise UsageError(
+            f"{directory.path} was begun with other weights in {config.model_name_or_path}; "
+            "give another --run_name, or --overwrite."
+        )
+    return saved
+
+
+def _saved_config(directory: RunDirectory) -> dict[str, Any] | None:
+    path = directory.file("config.json")
+    try:
+        saved = read_json(path)
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error}); add --overwrite to start anew.") from None
+    if saved is not None and not isinstance(saved, dict):
+        raise UsageError(f"{path} is no run's config; add --overwrite to start anew.")
+    return saved
+
+
+def _shown(values: Mapping[str, Any], flag: str) -> str:
+    value = values.get(flag[2:])
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def describe_os_error(error: OSError, path: Path | str | None = None) -> str:
+    """Returns what a failed write means for the user, in one line."""
+    place = error.filename or path or "the output folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full or a size limit is reached at {place} ({error.strerror}): free space, then run again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place} cannot be written ({error.strerror}): choose another --output_dir."
+    return f"{place}: {error.strerror or error}"

@@ -1,0 +1,112 @@
+"""`--model_type` -> the techniques of a run: names, recipes, exactness twins, and those that cannot run here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmark.config import RunConfig
+from benchmark.errors import UsageError
+from benchmark.plan import Contender
+from models import TECHNIQUES, Recipe, fold, unavailable
+
+ALL = "all"
+BASELINE = "naive"
+SUBJECT = "spec_stream"
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+HOST_OVERHEAD = 800 << 20  # torch and transformers in a process of their own
+DEVICE_OVERHEAD = 1200 << 20  # a CUDA context, its libraries and workspaces
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The techniques of a run.
+
+    Args:
+        contenders: name -> technique, the baseline first.
+        skipped: name -> why it cannot run here.
+        alone: the one technique the user named, where it was one.
+    """
+
+    contenders: Mapping[str, Contender]
+    skipped: Mapping[str, str]
+    alone: str | None
+
+
+def wanted(config: RunConfig) -> tuple[str, ...]:
+    """Returns the names to measure, the baseline first, checked without a machine.
+
+    `naive` comes in front of a speculative stream named alone, so that there is something to compare with.
+
+    Raises:
+        UsageError: an unknown name, or names that do not combine.
+    """
+    names = tuple(TECHNIQUES) if config.model_type == (ALL,) else config.model_type
+    if ALL in names:
+        raise UsageError(
+            "--model_type 'all' stands alone; name the techniques, or give 'all' and nothing else."
+        )
+    for name in names:
+        _recipe(name, config)
+    if len(names) == 1 and SUBJECT in names[0].split("+"):
+        return (BASELINE, *names)
+    return names
+
+
+def select(config: RunConfig, machine: Mapping[str, Any], model_config: Mapping[str, Any]) -> Selection:
+    """Returns the techniques that can run on a machine, and why the others cannot.
+
+    Args:
+        config: the run's options.
+        machine: what a worker said of the device.
+        model_config: the checkpoint's `config.json`.
+
+    Raises:
+        UsageError: a technique named alone cannot run here, none can, or slots exclude each other.
+    """
+    alone = config.model_type[0] if len(config.model_type) == 1 and config.model_type != (ALL,) else None
+    recipes: dict[str, Recipe] = {}
+    skipped: dict[str, str] = {}
+    for name in wanted(config):
+        recipe = _recipe(name, config, machine)
+        reason = unavailable(name, machine) or _without_streams(recipe, config, model_config)
+        if reason and name == alone:
+            raise UsageError(f"--model_type {name} cannot run here: {reason}")
+        if reason:
+            skipped[name] = reason
+        else:
+            recipes[name] = recipe
+    if not recipes:
+        raise UsageError(f"no technique of --model_type can run here: {'; '.join(skipped.values())}")
+    return Selection(_with_twins(recipes), skipped, alone)
+
+
+def _recipe(name: str, config: RunConfig, machine: Mapping[str, Any] | None = None) -> Recipe:
+    try:
+        return fold(name, config.as_json(), machine)
+    except ValueError as error:
+        raise UsageError(f"--model_type: {error}") from None
+
+
+def _without_streams(recipe: Recipe, config: RunConfig, model_config: Mapping[str, Any]) -> str | None:
+    if recipe.drafts != "streams" or model_config.get("streams") or config.random_weights:
+        return None
+    place = config.model_name_or_path
+    return f"{place} has no streams; train them: train_spec_stream.py --mode adapter --model_name_or_path {place}"
+
+
+def _with_twins(recipes: Mapping[str, Recipe]) -> dict[str, Contender]:
+    result = {}
+    for name, recipe in recipes.items():
+        plain = recipe.without_drafts()
+        twins = [other for other, its in recipes.items() if recipe.drafts and its == plain]
+        result[name] = Contender(name, recipe.to_json(), twins[0] if twins else None)
+    return result
+
+
+def estimates(contenders: Mapping[str, Contender], parameters: int, on_device: bool) -> dict[str, int]:
+    """Returns the estimated memory in bytes of each worker: weights in its dtype, a quarter more for the cache, overhead."""
+    overhead = DEVICE_OVERHEAD if on_device else HOST_OVERHEAD
+    widths = {
+        name: BYTES.get(str(contender.recipe.get("dtype")), 4) for name, contender in contenders.items()
+    }
+    return {name: int(parameters * width * 1.25) + overhead for name, width in widths.items()}

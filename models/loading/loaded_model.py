@@ -1,0 +1,263 @@
+"""A loaded technique: prompts in, generations out.
+
+Every rule that must be the same for all techniques stands here: how prompts are cut to the positions at hand, where a text ends,
+which tokens count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from huggingface.transformers.integrations import flash_attention
+from models.answer import Generation, Limits, Scores
+from models.loading.checkpoint import end_tokens, read_config
+from models.loading.decoders import Call, Decoder, EngineDecoder, Prompts, StockDecoder
+from models.loading.scoring import score_tokens
+from models.loading.tokenizing import decode, encode, load_tokenizer
+from models.loading.weights import build_model
+from models.technique import Recipe
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt as ids, cut to the room there is.
+
+    Attributes:
+        index: place among the request's prompts.
+        ids: the prompt's ids that are used.
+        new_tokens: tokens that may follow.
+        truncated: whether ids were cut off.
+    """
+
+    index: int
+    ids: list[int]
+    new_tokens: int
+    truncated: bool
+
+
+class LoadedModel:
+    """Answers prompts with one technique.
+
+    Args:
+        model: on its device, in evaluation mode.
+        tokenizer: the checkpoint's.
+        recipe: what was loaded, every slot decided.
+        end_ids: ids that end a text.
+        fallbacks: what was built instead of what was asked for.
+        draft_nodes: nodes of the draft tree where the recipe leaves them open.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        recipe: Recipe,
+        end_ids: list[int],
+        fallbacks: list[str],
+        draft_nodes: int | str = "auto",
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        self.end_ids = end_ids
+        self.fallbacks = fallbacks
+        self.dtype = str(recipe.dtype)
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.kv_bytes = 0
+        self.draft_nodes: int | None = None
+        self.position_limit = int(model.config.max_position_embeddings)
+        self._pad_id = tokenizer.pad_token_id or 0
+        self._known: dict[tuple[Any, ...], list[int]] = {}
+        self._decoder: Decoder = (
+            EngineDecoder(model, recipe, end_ids, self._pad_id, draft_nodes)
+            if recipe.decoder == "engine"
+            else StockDecoder(model, recipe, end_ids, self._pad_id)
+        )
+
+    @property
+    def device_name(self) -> str:
+        """The name of the device the model is on."""
+        device = self.model.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        limits: Limits,
+        *,
+        record_phases: bool = False,
+        acceptance_ratio: float | None = None,
+    ) -> list[Generation]:
+        """Returns one answer a prompt, in order. A prompt that cannot be used is an answer with an error.
+
+        Args:
+            prompts: texts, or token ids.
+            limits: how long and by which rule.
+            record_phases: measure where the time goes, at the price of some of it.
+            acceptance_ratio: have drafts right at this rate instead of the technique's own.
+
+        Raises:
+            ValueError: the technique cannot do this, or `limits.on_long` is `error` and a prompt leaves no position.
+        """
+        rows = [self._row(index, prompt, limits) for index, prompt in enumerate(prompts)]
+        answers = {
+            row.index: self._nothing(row) for row in rows if isinstance(row, Row) and not row.new_tokens
+        }
+        answers |= {index: row for index, row in enumerate(rows) if isinstance(row, Generation)}
+        calls: dict[int, list[Row]] = {}
+        for row in rows:
+            if isinstance(row, Row) and row.new_tokens:
+                calls.setdefault(row.new_tokens, []).append(row)
+        for number, group in enumerate(calls.values()):
+            batch = self._batch(group)
+            if acceptance_ratio is not None:
+                batch = replace(batch, known=self._known_tokens(batch, group, limits))
+            call = self._run(batch, limits, record_phases, acceptance_ratio)
+            answers |= {
+                row.index: self._answer(row, place, call, number, limits) for place, row in enumerate(group)
+            }
+        return [answers[index] for index in range(len(prompts))]
+
+    def score(self, prompt: Prompt, token_ids: Sequence[int], limits: Limits | None = None) -> Scores:
+        """Returns what the model says of given tokens after a prompt.
+
+        Args:
+            prompt: text or ids.
+            token_ids: the tokens to judge.
+            limits: those the tokens were generated under, so that a long prompt is cut as it was then; without them it is cut to
+                leave room for the tokens.
+
+        Raises:
+            ValueError: the prompt is empty and the model has no beginning-of-text token, or positions run out.
+        """
+        row = self._row(0, prompt, limits or Limits(max_new_tokens=len(token_ids)))
+        if isinstance(row, Generation):
+            raise ValueError(row.error)
+        if len(row.ids) + len(token_ids) > self.position_limit:
+            raise ValueError(
+                f"{len(row.ids)} prompt and {len(token_ids)} answer tokens exceed the model's {self.position_limit} positions."
+            )
+        return score_tokens(self.model, row.ids, list(token_ids))
+
+    def _row(self, index: int, prompt: Prompt, limits: Limits) -> Row | Generation:
+        """Returns the prompt's ids with room for an answer, or why there is none."""
+        ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            start = self.tokenizer.bos_token_id
+            if start is None:
+                return Generation.failed("the prompt is empty, and the model has no beginning-of-text token.")
+            ids = [start]
+        wanted = limits.max_new_tokens
+        room = self.position_limit - len(ids)
+        if limits.on_long == "truncate_left" and room < wanted:
+            kept = ids[-max(self.position_limit - wanted, 1) :]
+            return Row(index, kept, min(wanted, self.position_limit - len(kept)), len(kept) < len(ids))
+        if room > 0 or (wanted == 0 and room == 0):
+            return Row(index, ids, min(wanted, room), False)
+        message = (
+            f"the prompt has {len(ids)} tokens, which leaves no room in the model's {self.position_limit} positions; "
+            "shorten it or use --on_long truncate_left."
+        )
+        if limits.on_long == "error":
+            raise ValueError(message)
+        return Generation.failed(message)
+
+    def _batch(self, rows: Sequence[Row]) -> Prompts:
+        """Returns the rows as one tensor, padded on the left."""
+        longest = max(len(row.ids) for row in rows)
+        gaps = [longest - len(row.ids) for row in rows]
+        ids = [[self._pad_id] * gap + row.ids for gap, row in zip(gaps, rows, strict=True)]
+        mask = [[0] * gap + [1] * len(row.ids) for gap, row in zip(gaps, rows, strict=True)]
+        device = self.model.device
+        return Prompts(
+            torch.tensor(ids, device=device), torch.tensor(mask, device=device), rows[0].new_tokens
+        )
+
+    def _run(
+        self, batch: Prompts, limits: Limits, record_phases: bool, acceptance_ratio: float | None
+    ) -> Call:
+        if limits.samples:
+            torch.manual_seed(limits.seed)
+        call = self._decoder.run(batch, limits, record_phases, acceptance_ratio)
+        self.kv_bytes = max(self.kv_bytes, call.kv_bytes)
+        self.draft_nodes = call.draft_nodes
+        return call
+
+    def _known_tokens(self, batch: Prompts, rows: Sequence[Row], limits: Limits) -> list[list[int]] | None:
+        """Returns what plain decoding emits for these rows, decoded once for all ratios of a sweep."""
+        if not isinstance(self._decoder, EngineDecoder):
+            return None
+        if limits.samples:
+            raise ValueError("an acceptance sweep needs greedy decoding; leave out --temperature.")
+        keys = [(tuple(row.ids), limits) for row in rows]
+        if any(key not in self._known for key in keys):
+            self._known.update(zip(keys, self._decoder.plain(batch, limits), strict=True))
+        return [self._known[key] for key in keys]
+
+    def _nothing(self, row: Row) -> Generation:
+        return Generation([], "", len(row.ids), None, 0.0, [], "length", list(self.fallbacks), row.truncated)
+
+    def _answer(self, row: Row, place: int, call: Call, number: int, limits: Limits) -> Generation:
+        """Returns one row's answer: its tokens up to the end-of-text token, and the call's times."""
+        tokens = call.rows[place][: row.new_tokens]
+        ends = () if limits.ignore_eos else self.end_ids
+        end = next((index for index, token in enumerate(tokens) if token in ends), None)
+        if end is not None:
+            tokens, reason = tokens[: end + 1], "eos"
+        else:
+            reason = "length" if row.new_tokens == limits.max_new_tokens else "limit"
+        return Generation(
+            token_ids=tokens,
+            text=decode(self.tokenizer, tokens),
+            prompt_tokens=len(row.ids),
+            ttft_s=call.ttft_s,
+            total_s=call.total_s,
+            steps=_steps_of(call.steps[place], len(tokens) - call.first),
+            finish_reason=reason,
+            fallbacks=list(self.fallbacks),
+            truncated=row.truncated,
+            phases_s=call.phases_s,
+            call=number,
+        )
+
+
+def _steps_of(steps: list[dict[str, Any]], left: int) -> list[dict[str, Any]]:
+    """Returns the steps that gave a row its `left` tokens after the first pass; a batch goes on after shorter rows have ended."""
+    kept = []
+    for step in steps:
+        if left <= 0:
+            break
+        kept.append({**step, "emitted": min(step["emitted"], left)})
+        left -= step["emitted"]
+    return kept
+
+
+def assemble(
+    recipe: Recipe, checkpoint: str, device: str, *, draft_nodes: int | str, random_weights: bool
+) -> LoadedModel:
+    """Returns the loaded model of a resolved recipe; see :func:`models.loading.load`."""
+    config = read_config(checkpoint)
+    tokenizer, notes = load_tokenizer(checkpoint, config.vocab_size, random_weights)
+    built = build_model(recipe, checkpoint, config, device, random_weights)
+    _check_finite(built.model, recipe)
+    ends = end_tokens(checkpoint, config, tokenizer)
+    if recipe.attention == "flash":
+        notes = [*notes, flash_attention.describe(built.model.device)]
+    return LoadedModel(built.model, tokenizer, recipe, ends, [*notes, *built.fallbacks], draft_nodes)
+
+
+@torch.no_grad()
+def _check_finite(model: Any, recipe: Recipe) -> None:
+    """Raises ValueError if a short pass already gives infinite or undefined logits."""
+    ids = torch.arange(min(8, model.config.vocab_size), device=model.device)[None]
+    if not bool(torch.isfinite(model(input_ids=ids, use_cache=False).logits).all()):
+        advice = (
+            "use --dtype bfloat16 or float32" if recipe.dtype == "float16" else "the checkpoint is damaged"
+        )
+        raise ValueError(f"the model's logits are not finite in {recipe.dtype}; {advice}.")

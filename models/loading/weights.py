@@ -1,0 +1,192 @@
+"""Builds the model of a recipe: upstream's own class, the overlay's flash variant of it, or our engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+import huggingface.transformers  # noqa: F401 - registers the stream models and our attention function
+from huggingface.transformers.integrations import flash_attention
+from huggingface.transformers.models.gpt_neo.modeling_gpt_neo import SpecGPTNeoForCausalLM
+from huggingface.transformers.models.spec_stream import (
+    load_streaming,
+    stock_config,
+    stream_config_from,
+    supported_architectures,
+)
+from huggingface.transformers.models.spec_stream.configuration_spec_stream import StreamConfig, StreamFields
+from models.loading.checkpoint import has_streams, main_weights
+from models.technique import Recipe
+
+STREAM_PREFIX = "streams."
+RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model with its weights, and what was built instead of what was asked for."""
+
+    model: Any
+    fallbacks: list[str] = field(default_factory=list)
+
+
+def build_model(
+    recipe: Recipe, checkpoint: str, config: PreTrainedConfig, device: str, random_weights: bool
+) -> BuiltModel:
+    """Returns the model of a resolved recipe on its device, in evaluation mode.
+
+    Args:
+        recipe: every slot decided.
+        checkpoint: directory or hub id.
+        config: the checkpoint's configuration.
+        device: where the model goes.
+        random_weights: draw the weights instead of reading them.
+
+    Raises:
+        ValueError: the weights are incomplete or unreadable, or the architecture lacks what the recipe needs.
+    """
+    make = _engine if recipe.decoder == "engine" else _stock
+    with _quiet(), _readable(checkpoint):
+        built = make(recipe, checkpoint, config, device, random_weights)
+    built.model.to(device=device).eval()
+    return built
+
+
+def _stock(
+    recipe: Recipe, checkpoint: str, config: PreTrainedConfig, device: str, random_weights: bool
+) -> BuiltModel:
+    plain = stock_config(config) if isinstance(config, StreamFields) else config
+    model_class = _stock_class(plain, recipe)
+    attention, fallbacks = _attention_of(model_class, recipe)
+    choice = {} if attention is None else {"attn_implementation": attention}
+    dtype = getattr(torch, str(recipe.dtype))
+    if random_weights:
+        return BuiltModel(_random(model_class, plain, device, **choice).to(dtype), fallbacks)
+    place = main_weights(checkpoint, config)
+    model, found = model_class.from_pretrained(
+        place, config=plain, dtype=dtype, use_safetensors=True, output_loading_info=True, **choice
+    )
+    _check_keys(found, place)
+    return BuiltModel(model, fallbacks)
+
+
+def _stock_class(config: PreTrainedConfig, recipe: Recipe) -> Any:
+    """Returns upstream's class; for flash on GPT-Neo the overlay's, whose kernel keeps the local window."""
+    if recipe.attention == "flash" and config.model_type == "gpt_neo":
+        return SpecGPTNeoForCausalLM
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise ValueError(
+            f"model_type '{config.model_type}' is no causal language model; choose one that is."
+        ) from None
+
+
+def _attention_of(model_class: Any, recipe: Recipe) -> tuple[str | None, list[str]]:
+    """Returns the attention to ask for, `None` for the class's default, and what it stands in for."""
+    wanted = recipe.attention
+    if wanted == "default":
+        return None, []
+    if wanted == "sdpa" and not model_class._supports_sdpa:
+        return "eager", [f"{model_class.__name__} has no sdpa upstream: eager"]
+    if wanted == "flash" and not model_class._supports_flash_attn:
+        raise ValueError(f"{model_class.__name__} does not support FlashAttention; choose another technique.")
+    return (flash_attention.NAME if wanted == "flash" else wanted), []
+
+
+def _engine(
+    recipe: Recipe, checkpoint: str, config: PreTrainedConfig, device: str, random_weights: bool
+) -> BuiltModel:
+    if recipe.drafts == "streams" and not has_streams(config) and not random_weights:
+        raise ValueError(
+            f"{checkpoint} has no streams, which spec_stream needs; train them with train_spec_stream.py "
+            f"--mode adapter --model_name_or_path {checkpoint}."
+        )
+    dtype, attention = getattr(torch, str(recipe.dtype)), recipe.attention
+    if random_weights:
+        return BuiltModel(_random_engine(config, device, attention).to(dtype))
+    # Its signature promises a model; with `output_loading_info` upstream's convention adds what was found.
+    loaded: Any = load_streaming(
+        checkpoint, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+    )
+    model, found = loaded
+    _check_keys(found, checkpoint)
+    return BuiltModel(model)
+
+
+def _random(model_class: Any, config: PreTrainedConfig, device: str, **choice: Any) -> Any:
+    """Returns a model with weights that depend on the configuration and the device alone.
+
+    They are drawn in float32, so that every dtype gets the same weights but for rounding.
+    """
+    torch.manual_seed(RANDOM_SEED)
+    with torch.device(device):
+        return model_class._from_config(config, dtype=torch.float32, **choice)
+
+
+def _random_engine(config: PreTrainedConfig, device: str, attention: str | None) -> Any:
+    """Returns our engine with the main weights that stock decoders draw, and random streams."""
+    ours = config if isinstance(config, StreamFields) else _with_default_streams(config)
+    main = stock_config(ours)
+    weights = _random(MODEL_FOR_CAUSAL_LM_MAPPING[type(main)], main, device).state_dict()
+    model = _random(MODEL_FOR_CAUSAL_LM_MAPPING[type(ours)], ours, device, attn_implementation=attention)
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _with_default_streams(config: PreTrainedConfig) -> PreTrainedConfig:
+    if config.model_type not in supported_architectures():
+        return stream_config_from(config)  # which says what is supported
+    layers = min(StreamConfig().stream_layers, config.num_hidden_layers)
+    return stream_config_from(config, stream_layers=layers)
+
+
+def _check_keys(found: dict[str, Any], place: str) -> None:
+    """Raises ValueError if main weights are missing or unknown; stream weights are checked where they are loaded."""
+    missing, unexpected = (
+        sorted(key for key in found.get(kind, ()) if not key.startswith(STREAM_PREFIX))
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights in {place} do not fit its config.json: missing {missing[:5]}, unexpected {unexpected[:5]} "
+            f"({len(missing)} and {len(unexpected)} in all); restore config.json and the weights together."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences upstream's loading report, which lists the stream weights that a stock class leaves unread, and its bars."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _readable(checkpoint: str) -> Iterator[None]:
+    """Turns what reading weights can raise into one line that says what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {checkpoint} are corrupt ({error}); download or save them again."
+        ) from None
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the weights in {checkpoint} cannot be read ({reason}); only safetensors files are opened: save the model "
+            "with save_pretrained, or fetch it again."
+        ) from None

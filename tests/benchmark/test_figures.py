@@ -1,0 +1,121 @@
+"""Every figure renders from a saved run, and says why where it has nothing to draw."""
+
+import builtins
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmark import figures
+from benchmark.saved_run import SavedRun, load_run
+
+SAVED = Path(__file__).parents[1] / "data" / "saved_run"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def run() -> SavedRun:
+    return load_run(SAVED)
+
+
+def missing(run: SavedRun, folder: Path) -> dict[str, str | None]:
+    drawn = figures.draw_figures(run, folder)
+    assert all(item.path.read_bytes().startswith(PNG) for item in drawn)
+    return {item.name: item.missing for item in drawn}
+
+
+def changed(run: SavedRun, **fields: object) -> SavedRun:
+    return replace(run, rows=tuple({**row, **fields} for row in run.rows))
+
+
+def draw(name: str, run: SavedRun) -> Figure:
+    figure = Figure()
+    figures.FIGURES[name].draw(run, figure, figures.technique_colours(run.techniques))
+    return figure
+
+
+def test_a_full_run_fills_every_figure(run, tmp_path):
+    assert missing(run, tmp_path) == dict.fromkeys(figures.FIGURES)
+    assert {path.stem for path in tmp_path.iterdir()} == set(figures.FIGURES)
+
+
+def test_no_successful_cell_is_said_in_every_figure(run, tmp_path):
+    failed = replace(changed(run, status="oom", tokens_per_s=None), sweep=(), prompts=())
+    reasons = missing(failed, tmp_path)
+    assert all(reasons.values())
+    assert "No cell" in str(reasons["tokens_per_s"])
+
+
+def test_a_run_without_rows_renders(run, tmp_path):
+    assert all(missing(replace(run, rows=(), sweep=(), prompts=()), tmp_path).values())
+
+
+def test_each_missing_part_empties_its_own_figure_only(run, tmp_path):
+    assert set(missing_names(changed(run, breakdown_s=None), tmp_path)) == {"step_time"}
+    assert set(missing_names(replace(run, sweep=()), tmp_path)) == {"acceptance_sweep"}
+    assert set(missing_names(replace(run, prompts=()), tmp_path)) == {"prompts"}
+
+
+def missing_names(run: SavedRun, folder: Path) -> list[str]:
+    return [name for name, reason in missing(run, folder).items() if reason]
+
+
+def test_one_prompt_and_a_failed_cell_render(run, tmp_path):
+    rows = (*run.rows[:-1], {**run.rows[-1], "status": "timeout", "tokens_per_s": None, "breakdown_s": None})
+    assert not missing_names(replace(run, rows=rows, prompts=run.prompts[:1]), tmp_path)
+
+
+def test_several_batch_sizes_get_a_panel_each(run):
+    rows = (*run.rows, *({**row, "batch_size": 4} for row in run.rows))
+    assert len(draw("tokens_per_s", replace(run, rows=rows)).axes) == 2
+    assert len(draw("tokens_per_s", run).axes) == 1
+
+
+def test_the_bars_are_the_rows_speeds(run):
+    (axes,) = draw("tokens_per_s", run).axes
+    heights = sorted(round(bar.get_height(), 3) for bar in axes.patches)
+    assert heights == sorted(round(row["tokens_per_s"], 3) for row in run.rows)
+
+
+def test_a_stack_adds_up_to_the_breakdown(run):
+    panels = draw("step_time", run).axes
+    for dataset, axes in zip(run.datasets, panels, strict=True):
+        drawn = sum(bar.get_width() for bar in axes.patches)
+        rows = [row for row in run.rows if row["dataset"] == dataset]
+        expected = sum(1e3 * sum(row["breakdown_s"].values()) / row["output_tokens"] for row in rows)
+        assert drawn == pytest.approx(expected)
+
+
+def test_a_bar_far_beyond_the_others_is_cut_and_says_so(run):
+    first = {**run.rows[0], "breakdown_s": {"forward": 100 * sum(run.rows[0]["breakdown_s"].values())}}
+    axes = draw("step_time", replace(run, rows=(first, *run.rows[1:]))).axes[0]
+    assert any("cut" in text.get_text() for text in axes.texts)
+    assert axes.get_xlim()[1] < max(bar.get_width() for bar in axes.patches)
+
+
+def test_an_own_interval_wins_over_the_scaled_one():
+    row = {"tokens_per_s": 100.0, "speedup": 2.0, "speedup_ci95": [1.8, 2.2]}
+    assert figures.speed_interval(row) == pytest.approx((90.0, 110.0))
+    assert figures.speed_interval({**row, "tokens_per_s_ci95": [95, 104]}) == (95.0, 104.0)
+    assert figures.speed_interval({**row, "speedup_ci95": None}) is None
+
+
+def test_a_technique_keeps_its_colour_whatever_else_is_in_the_run():
+    alone = figures.technique_colours(["spec_stream"])
+    among = figures.technique_colours(["naive", "int8", "spec_stream", "int4+spec_stream"])
+    assert alone["spec_stream"] == among["spec_stream"]
+    assert len(set(among.values())) == len(among)
+
+
+def test_without_matplotlib_the_message_says_what_to_install(run, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest, **named):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(figures.FiguresUnavailable, match="pip install matplotlib"):
+        figures.draw_figures(run, tmp_path)

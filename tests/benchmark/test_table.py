@@ -1,0 +1,59 @@
+import io
+
+import pytest
+
+from benchmark.summary import SummaryRow
+from benchmark.table import is_terminal, print_table
+
+ROWS = [
+    SummaryRow("naive", "e2e_nlg", 1, tokens_per_s=10.0, speedup=1.0, quality={"bleu": 12.345}).as_json(),
+    SummaryRow("[bold]x", "e2e_nlg", 1, tokens_per_s=25.0, speedup=2.5, speedup_ci95=(2.0, 3.0)).as_json(),
+    SummaryRow("flash", "e2e_nlg", 1, status="skipped", reason="no CUDA here").as_json(),
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_away_from_a_terminal_there_are_no_control_characters():
+    stream = io.StringIO()
+    print_table(ROWS, "title", stream)
+    text = stream.getvalue()
+    assert "2.50x [2.00, 3.00]" in text
+    assert "bleu 12.3" in text
+    assert "flash on e2e_nlg, batch 1: skipped, no CUDA here" in text
+    assert all(letter == "\n" or letter.isprintable() for letter in text)
+
+
+def test_an_interval_that_holds_1_is_marked():
+    stream = io.StringIO()
+    unsure = SummaryRow("x", "e2e_nlg", 1, tokens_per_s=11.0, speedup=1.1, speedup_ci95=(0.9, 1.3)).as_json()
+    print_table([ROWS[0], unsure], "title", stream)
+    assert "1.10x* [0.90, 1.30]" in stream.getvalue()
+
+
+def test_no_color_is_honoured(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    print_table(ROWS, "title", stream)
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_terminal_gets_a_table_with_names_as_they_are(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    assert is_terminal(stream)
+    monkeypatch.setenv("COLUMNS", "200")
+    print_table(ROWS, "[title]", stream)
+    assert "[bold]x" in stream.getvalue()
+    assert "[title]" in stream.getvalue()
+
+
+def test_a_summary_without_rows_prints_too():
+    stream = io.StringIO()
+    print_table([], "title", stream)
+    assert "title" in stream.getvalue()

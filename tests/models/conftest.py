@@ -1,0 +1,69 @@
+"""Tiny random checkpoints as stock transformers saves them, with a byte-level tokenizer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from huggingface.transformers.models.spec_stream import load_streaming, stock_class
+
+POSITIONS = 96
+END = "<|endoftext|>"
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Saves a tokenizer whose tokens are bytes and one end-of-text token, which also opens and pads."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate([END, *alphabet])}, merges=[])
+    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
+    tokenizer.save_pretrained(directory)
+
+
+def tiny_config(architecture: str) -> GPTNeoConfig | LlamaConfig:
+    """Returns a configuration of two or four small layers; GPT-Neo's window is shorter than the prompts."""
+    shared = dict(
+        vocab_size=257, hidden_size=32, max_position_embeddings=POSITIONS, bos_token_id=0, eos_token_id=0
+    )
+    # A wide initialisation, so that a random model's answers depend on all of its prompt.
+    shared |= dict(initializer_range=0.3)
+    if architecture == "llama":
+        return LlamaConfig(
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, **shared
+        )
+    return GPTNeoConfig(
+        num_layers=4, num_heads=2, attention_types=[[["global", "local"], 2]], window_size=8, intermediate_size=64,
+        attention_dropout=0.0, embed_dropout=0.0, resid_dropout=0.0, **shared,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=["gpt_neo", "llama"])
+def architecture(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def stock_checkpoint(architecture, tmp_path_factory) -> Path:
+    """A directory that stock transformers saved."""
+    directory = tmp_path_factory.mktemp(f"stock_{architecture}")
+    torch.manual_seed(1)
+    config = tiny_config(architecture)
+    stock_class(config)(config).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def stream_checkpoint(stock_checkpoint, tmp_path_factory) -> Path:
+    """The same main weights with random streams, saved by our classes."""
+    directory = tmp_path_factory.mktemp("streams")
+    torch.manual_seed(2)
+    fields = {"streams": 2, "stream_layers": 1, "transition_rank": 4, "lora_rank": 2}
+    load_streaming(str(stock_checkpoint), stream_fields=fields).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import train_spec_stream
+from training.arguments import TrainingFlags
+from training.checkpoints import last_complete
+from training.errors import DivergedError
+from training.objective import StreamObjective
+from training.run import run
+
+from .conftest import TINY_NEO, text_pairs, write_rows
+
+COMMON = {
+    "datasets": (),
+    "vocab_size": 300,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "eval_steps": 3,
+    "eval_examples": 2,
+    "save_steps": 3,
+    "warmup_steps": 2,
+    "max_new_tokens": 12,
+    "calibration_prompts": 2,
+    "max_steps": 6,
+}
+
+
+@pytest.fixture(autouse=True)
+def cpu_only(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def flags_for(mode: str, folder: Path, **changes) -> TrainingFlags:
+    values = {**COMMON, "mode": mode, "output_dir": folder, **changes}
+    if mode != "scratch":
+        values.pop("vocab_size")
+    return TrainingFlags(**values)
+
+
+@pytest.fixture
+def scratch(tmp_path, own_file, model_file):
+    def make(name: str = "out", **changes) -> TrainingFlags:
+        values = {"train_file": own_file, "model_config": model_file, **changes}
+        return flags_for("scratch", tmp_path / name, **values)
+
+    return make
+
+
+@pytest.fixture
+def stock_llama(tmp_path, tokenizer) -> Path:
+    folder = tmp_path / "llama"
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        eos_token_id=0,
+        bos_token_id=0,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_scratch_trains_saves_and_calibrates(scratch, caplog):
+    with caplog.at_level(logging.INFO):
+        folder = run(scratch(save_dtype="bfloat16"))
+    assert "held out: acceptance_length" in caplog.text
+    assert "streams" in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.config.model_type == "spec_stream_gpt_neo"
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert len(saved["spec_stream"]["rank_accuracy"]) == 2
+    assert model.generation_config.spec_stream["rank_accuracy"] == saved["spec_stream"]["rank_accuracy"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Thing: red boat\nText:", return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=5, do_sample=False, drafts="streams")
+    assert output.shape[1] <= ids["input_ids"].shape[1] + 5
+    card = (folder / "README.md").read_text()
+    assert "python train_spec_stream.py --mode scratch" in card
+    assert "Acceptance, measured" in card
+    assert not list(folder.rglob("*.bin"))
+
+
+def test_the_loss_falls(scratch, caplog):
+    with caplog.at_level(logging.INFO):
+        run(scratch(max_steps=60, eval_steps=0, calibration_prompts=0, learning_rate=1e-2, logging_steps=10))
+    losses = [float(line.split("loss ")[1].split(" ")[0]) for line in caplog.messages if " loss " in line]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "save_steps": 3}])
+def test_a_resumed_run_equals_an_uncut_one(scratch, changes):
+    whole = run(scratch("whole", **changes))
+    cut = scratch("cut", **changes)
+    run(cut)
+    shutil.rmtree(cut.output_dir / "checkpoint-6")
+    (cut.output_dir / "model.safetensors").unlink()
+    resumed = run(scratch("cut", resume_from_checkpoint="latest", **changes))
+    expected, got = weights(whole), weights(resumed)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_a_torn_checkpoint_is_passed_over(scratch, caplog):
+    whole = weights(run(scratch()))
+    torn = scratch().output_dir / "checkpoint-6" / "optimizer.pt"
+    os.truncate(torn, 100)
+    with caplog.at_level(logging.WARNING):
+        again = weights(run(scratch(resume_from_checkpoint="latest")))
+    assert "checkpoint-6 is not whole" in caplog.text
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_adapters_leave_the_base_as_it_was(tmp_path, own_file, stock_llama):
+    flags = flags_for("adapter", tmp_path / "out", train_file=own_file, model_name_or_path=str(stock_llama))
+    folder = run(flags)
+    base, trained = weights(stock_llama), weights(folder)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in base.items())
+    assert any(
+        name.startswith("streams.lora") and tensor.abs().sum() > 0
+        for name, tensor in trained.items()
+        if "up" in name
+    )
+    assert list((folder / "targets").glob("*.jsonl"))
+    stock = LlamaForCausalLM.from_pretrained(stock_llama)
+    streaming = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(stock(ids).logits, streaming(ids).logits, rtol=0, atol=0)
+
+
+def test_adapters_can_be_saved_without_their_base(tmp_path, own_file, stock_llama):
+    flags = flags_for(
+        "adapter",
+        tmp_path / "out",
+        train_file=own_file,
+        model_name_or_path=str(stock_llama),
+        streams_only=True,
+    )
+    folder = run(flags)
+    assert all(name.startswith("streams.") for name in weights(folder))
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    base = weights(stock_llama)
+    assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in base.items())
+
+
+def test_joint_trains_the_base_too(tmp_path, own_file, stock_llama):
+    folder = run(
+        flags_for("joint", tmp_path / "out", train_file=own_file, model_name_or_path=str(stock_llama))
+    )
+    base, trained = weights(stock_llama), weights(folder)
+    assert any(not torch.equal(tensor, trained[name]) for name, tensor in base.items())
+    again = run(flags_for("adapter", tmp_path / "more", train_file=own_file, model_name_or_path=str(folder)))
+    config = json.loads((again / "config.json").read_text())
+    assert (config["model_type"], config["lora_rank"]) == ("spec_stream_llama", 0)
+
+
+def test_nan_stops_with_the_last_good_checkpoint(scratch, monkeypatch):
+    forward, calls = StreamObjective.forward, []
+
+    def breaks(self, **batch):
+        calls.append(1)
+        output = forward(self, **batch)
+        return {**output, "loss": output["loss"] * (float("nan") if len(calls) > 4 else 1.0)}
+
+    monkeypatch.setattr(StreamObjective, "forward", breaks)
+    flags = scratch(eval_steps=0)
+    with pytest.raises(DivergedError, match=r"nan by step 5.*last good checkpoint is .*checkpoint-3"):
+        run(flags)
+    assert last_complete(flags.output_dir).name == "checkpoint-3"
+
+
+def test_broken_weights_are_never_saved_as_good(scratch, monkeypatch):
+    forward, calls = StreamObjective.forward, []
+
+    def breaks(self, **batch):
+        calls.append(1)
+        output = forward(self, **batch)
+        if len(calls) == 6:
+            self.model.streams.embedding.weight.data.fill_(float("inf"))
+        return output
+
+    monkeypatch.setattr(StreamObjective, "forward", breaks)
+    with pytest.raises(DivergedError, match="checkpoint-3"):
+        run(scratch(eval_steps=0, logging_steps=100))
+
+
+def test_the_clock_stops_a_run(scratch):
+    folder = run(scratch(max_steps=None, max_train_minutes=0.01, eval_steps=0, calibration_prompts=0))
+    state = json.loads((last_complete(folder) / "trainer_state.json").read_text())
+    assert 0 < state["global_step"] < 5000
+    assert state["log_history"][-1]["learning_rate"] < 5e-4
+
+
+def test_prompts_that_never_fit_are_an_error(scratch):
+    with pytest.raises(ValueError, match="too long for 5 tokens"):
+        run(scratch(max_length=5))
+
+
+def test_unsupported_architectures_are_refused(scratch, model_file):
+    model_file.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
+    with pytest.raises(ValueError, match=r"gpt2.*supported: gpt_neo, llama"):
+        run(scratch())
+
+
+def test_stream_weights_must_fit_the_streams(scratch):
+    with pytest.raises(ValueError, match="1 number or 2"):
+        run(scratch(stream_loss_weight=(0.5, 0.5, 0.5)))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no tokenizer", "unsupported", "no config"])
+def test_a_bad_base_is_one_line(tmp_path, own_file, stock_llama, damage, capsys):
+    if damage == "truncated":
+        os.truncate(stock_llama / "model.safetensors", 500)
+    elif damage == "no tokenizer":
+        (stock_llama / "tokenizer.json").unlink()
+    elif damage == "unsupported":
+        (stock_llama / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    else:
+        (stock_llama / "config.json").unlink()
+    words = ["--mode", "adapter", "--output_dir", str(tmp_path / "out"), "--datasets", "none"]
+    code = train_spec_stream.main(
+        [*words, "--train_file", str(own_file), "--model_name_or_path", str(stock_llama)]
+    )
+    error = capsys.readouterr().err
+    assert code == (1 if damage in ("truncated", "no tokenizer") else 2), error
+    assert "error: " in error
+    assert str(stock_llama) in error or "gpt2" in error
+
+
+def test_an_unreadable_line_exits_with_1(tmp_path, own_file, model_file, capsys):
+    own_file.write_text(own_file.read_text() + "{broken\n")
+    words = ["--mode", "scratch", "--output_dir", str(tmp_path / "out"), "--model_config", str(model_file)]
+    assert train_spec_stream.main([*words, "--datasets", "none", "--train_file", str(own_file)]) == 1
+    assert "own.jsonl:61" in capsys.readouterr().err
+
+
+def test_several_sets_are_weighted_and_reported(tmp_path, scratch, caplog):
+    held_out = write_rows(tmp_path / "held.jsonl", text_pairs(6, seed=9))
+    with caplog.at_level(logging.INFO):
+        run(
+            scratch(
+                validation_file=held_out,
+                data_weights=("train_file=0.5",),
+                num_train_epochs=1.0,
+                max_steps=None,
+            )
+        )
+    assert "60 to train on, 6 held out" in caplog.text
+    assert "step 8 epoch 1.00" in caplog.text
+
+
+def test_scratch_on_the_own_samples(scratch, model_file, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model_file.write_text(json.dumps({**TINY_NEO, "max_position_embeddings": 512}))
+    sets = ("spider", "dialogsum", "e2e_nlg")
+    folder = run(scratch(train_file=None, datasets=sets, max_steps=3, eval_steps=0, calibration_prompts=1))
+    saved = json.loads((folder / "generation_config.json").read_text())["spec_stream"]
+    assert set(saved["rank_accuracy_by_set"]) == set(sets)
+    assert "CC BY-NC-SA 4.0" in (folder / "README.md").read_text()

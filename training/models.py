@@ -1,0 +1,159 @@
+"""The model that a run trains: random weights from a configuration, or a checkpoint that gets streams."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.arguments import DEFAULT_VOCAB_SIZE, TrainingFlags
+from training.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_FIELDS = {"streams": 4, "stream_layers": 4, "lora_rank": 0, "transition_rank": 64, "pruning_rank": 0}
+STREAM_FIELDS = tuple(DEFAULT_FIELDS)
+ADAPTER_LORA_RANK = 32
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A `--model_config` file: upstream's configuration fields and ours."""
+
+    architecture: dict[str, Any]
+    stream_fields: dict[str, int]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the file asks for."""
+        return int(self.architecture.get("vocab_size", DEFAULT_VOCAB_SIZE))
+
+
+def read_model_file(path: Path) -> ModelFile:
+    """Returns a model configuration file's fields. Raises ValueError if there is none to read."""
+    if not path.is_file():
+        raise ValueError(f"--model_config {path}: no such file; configs/spec_stream_9m.json is an example.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--model_config {path}: not JSON ({error}).") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f'--model_config {path}: needs \'model_type\', such as "gpt_neo" or "llama".')
+    stream_fields = {name: values.pop(name) for name in STREAM_FIELDS if name in values}
+    return ModelFile(values, stream_fields)
+
+
+def wanted_fields(flags: TrainingFlags, known: dict[str, int], num_layers: int) -> dict[str, int]:
+    """Returns the stream fields: flags first, then what the file or checkpoint says, then defaults.
+
+    Args:
+        flags: the run's flags.
+        known: fields of the file or checkpoint.
+        num_layers: layers of the model, which bound the default.
+    """
+    given = {name: getattr(flags, name) for name in STREAM_FIELDS if getattr(flags, name) is not None}
+    default = {**DEFAULT_FIELDS, "stream_layers": min(DEFAULT_FIELDS["stream_layers"], num_layers)}
+    if flags.mode == "adapter" and not known:
+        default["lora_rank"] = ADAPTER_LORA_RANK
+    return {**default, **known, **given}
+
+
+def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> Any:
+    """Returns a streaming model with random weights of the file's architecture and the tokenizer's vocabulary."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from huggingface.transformers.models.spec_stream import stream_config_from, supported_architectures
+
+    fields = dict(file.architecture)
+    kind = fields.pop("model_type")
+    if kind not in supported_architectures():
+        supported = ", ".join(supported_architectures())
+        raise ValueError(f"--model_config: model_type '{kind}' cannot carry streams; supported: {supported}.")
+    fields["vocab_size"] = len(tokenizer)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    stock = AutoConfig.for_model(kind, **fields, **special, pad_token_id=tokenizer.pad_token_id)
+    config = stream_config_from(stock, **wanted_fields(flags, file.stream_fields, stock.num_hidden_layers))
+    return AutoModelForCausalLM.from_config(config, attn_implementation=flags.attn_implementation)
+
+
+def check_checkpoint(name: str) -> None:
+    """Raises ValueError where a directory is meant and no checkpoint is in it; hub ids pass."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"--model_name_or_path {name} holds no config.json; give a checkpoint directory."
+            )
+    elif path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.parent.is_dir():
+        raise ValueError(
+            f"--model_name_or_path {name}: no such directory; give a checkpoint directory or a hub id."
+        )
+
+
+def model_from_checkpoint(flags: TrainingFlags) -> Any:
+    """Returns the checkpoint's model in float32 with streams: its own, or fresh ones.
+
+    Raises:
+        ValueError: for a missing directory or an architecture that cannot carry streams.
+        CheckpointError: for files that cannot be read.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    from huggingface.transformers.models.spec_stream import StreamConfig, load_streaming
+
+    assert flags.model_name_or_path is not None
+    name = flags.model_name_or_path
+    check_checkpoint(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        known = StreamConfig.of(config).as_dict() if hasattr(config, "stream_layers") else {}
+        own = {key: int(known[key] or 0) for key in STREAM_FIELDS} if known.get("streams") else {}
+        fields = wanted_fields(flags, own, config.num_hidden_layers)
+        keep = bool(own) and fields == own
+        return load_streaming(
+            name,
+            stream_fields=None if keep else fields,
+            attn_implementation=flags.attn_implementation,
+            dtype=load_dtype(),
+            use_safetensors=True,
+        )
+    except (OSError, SafetensorError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{name} cannot be loaded ({first}); check or copy the files again.") from None
+
+
+def load_dtype() -> torch.dtype:
+    """Returns the dtype models are trained in; bfloat16 is left to autocast."""
+    import torch
+
+    return torch.float32
+
+
+def freeze_main(model: Any) -> None:
+    """Leaves only the streams to train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("streams."))
+
+
+def freeze_unused(model: Any) -> None:
+    """Leaves out of training what no loss reaches: the pruning head, where no layer lies below the streams."""
+    if model.first_stream_layer == 0 and model.config.pruning_rank:
+        model.streams.pruning_down.requires_grad_(False)
+        model.streams.pruning_up.requires_grad_(False)
+
+
+def save_dtype(flags: TrainingFlags) -> torch.dtype:
+    """Returns the dtype of the saved model: the flag's, else the given checkpoint's, else float32."""
+    import torch
+    from transformers import AutoConfig
+
+    if flags.save_dtype != "auto":
+        return getattr(torch, flags.save_dtype)
+    if flags.mode == "scratch":
+        return torch.float32
+    assert flags.model_name_or_path is not None
+    kept = AutoConfig.from_pretrained(flags.model_name_or_path).dtype
+    return kept if isinstance(kept, torch.dtype) else torch.float32
