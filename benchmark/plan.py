@@ -67,6 +67,7 @@ class RunPlan:
         repeats: times each prompt is answered.
         contenders: name -> technique, the baseline first.
         seed: seed of sampling and of the bootstrap.
+        greedy: tokens are not drawn at random, so that equal ones can be expected.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -75,6 +76,7 @@ class RunPlan:
     repeats: int
     contenders: Mapping[str, Contender]
     seed: int = 0
+    greedy: bool = True
 
     @property
     def baseline(self) -> str:

@@ -148,7 +148,13 @@ def first_plan(
     budget = int(machine["free_bytes"] * MEMORY_SHARE)
     groups = make_groups(names[0], names[1:], memory, budget)
     plan = RunPlan(
-        groups, data.prompt_ids, config.batch_size, config.num_runs, selection.contenders, config.seed
+        groups,
+        data.prompt_ids,
+        config.batch_size,
+        config.num_runs,
+        selection.contenders,
+        config.seed,
+        config.temperature == 0,
     )
     if len(groups) > 1:
         logger.info("%d groups, since not all workers fit %.1f GiB at once", len(groups), budget / 2**30)
@@ -173,7 +179,15 @@ def saved_plan(config: RunConfig, saved: Mapping[str, Any], data: Data) -> RunPl
         for name, values in saved["techniques"].items()
     }
     groups = tuple(tuple(names) for names in saved["groups"])
-    return RunPlan(groups, data.prompt_ids, config.batch_size, config.num_runs, contenders, config.seed)
+    return RunPlan(
+        groups,
+        data.prompt_ids,
+        config.batch_size,
+        config.num_runs,
+        contenders,
+        config.seed,
+        config.temperature == 0,
+    )
 
 
 def parameters_of(config: Mapping[str, Any]) -> int:

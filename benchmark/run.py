@@ -92,7 +92,9 @@ def _measure(
             measurement.breakdown()
         if config.acceptance_sweep:
             measurement.sweep()
-        found = score_divergences(config, plan.baseline, data.examples, crew, directory)
+        found: Sequence[Divergence] = ()
+        if plan.greedy:
+            found = score_divergences(config, plan.baseline, data.examples, crew, directory)
     _summarise(config, plan, data, directory, saved, found)
 
 

@@ -237,6 +237,8 @@ def _over(own: float | None, base: Iterable[float | None]) -> float | None:
 def _agreement(
     cell: Cell, by_cell: Mapping[Cell, list[Record]], plan: RunPlan, found: Iterable[Divergence]
 ) -> dict[str, Any]:
+    if not plan.greedy:
+        return {}  # two right samplers draw different tokens
     here = [
         d for d in found if (d.model_type, d.dataset, d.batch_size, d.group) == tuple(asdict(cell).values())
     ]

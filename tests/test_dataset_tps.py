@@ -193,6 +193,16 @@ def test_a_run_of_another_version_is_not_resumed(bench):
     assert "another version" in bench.err
 
 
+def test_warm_up_comes_before_and_is_kept_apart(bench):
+    assert bench.run("--warmup", "2", "--batch_size", "1,2") == 0
+    lines = [json.loads(line) for line in bench.file("warmup.jsonl").read_text().splitlines()]
+    answers = {(line["model_type"], line["batch_size"]): 0 for line in lines}
+    for line in lines:
+        answers[line["model_type"], line["batch_size"]] += 1
+    assert answers == {("naive", 1): 2, ("naive", 2): 4, ("spec_stream", 1): 2, ("spec_stream", 2): 4}
+    assert len(bench.records()) == 2 * 2 * 3 * 2
+
+
 def test_zero_and_one_new_tokens(bench):
     for count in (0, 1):
         assert bench.run("--max_new_tokens", str(count), "--run_name", str(count)) == 0

@@ -35,3 +35,10 @@ def test_one_request_or_none_says_nothing():
     assert speed_interval([[1.0]], [[1.0]], 0) is None
     assert speed_interval([], [], 0) is None
     assert speed_interval([[0.0, 0.0]], [[0.0, 0.0]], 0) is None
+
+
+def test_tokens_and_seconds_are_drawn_together():
+    assert speed_interval([[5 * seconds for seconds in SECONDS[0]]], SECONDS, 0) == (
+        pytest.approx(5),
+        pytest.approx(5),
+    )

@@ -1,5 +1,5 @@
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -140,6 +140,13 @@ def test_quality_breakdown_and_gaps():
     assert row.breakdown_s == {"prefill": 2.0, "forward": 4.0}
     assert (row.divergences, row.divergence_gap_max) == (1, 0.01)
     assert (row.quality, row.quality_unavailable) == ({"bleu": 5.0}, {"rouge1": "not installed"})
+
+
+def test_sampled_answers_are_not_compared():
+    plan = replace(a_plan(repeats=2), greedy=False)
+    row = rows_of(plan, hand_worked())["spec_stream", 0]
+    assert (row.match_rate, row.divergences) == (None, None)
+    assert row.speedup > 1
 
 
 def test_divergences_are_found_where_they_begin():
