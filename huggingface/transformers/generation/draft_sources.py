@@ -13,10 +13,6 @@ import torch
 
 from .draft_tree import DraftTree, TreeShape
 
-CANDIDATES = 16
-"""Tokens a stream puts forward before the transition bias ranks them; past this the bias never lifted one into a tree."""
-
-
 class DraftSource(Protocol):
     """Fills a tree shape with tokens."""
 
@@ -35,7 +31,7 @@ class DraftSource(Protocol):
 
 
 class StreamSource:
-    """Drafts from the streams: stream j names candidates for depth j, the transition bias ranks them for each parent."""
+    """Drafts from the streams: stream j scores the tokens of depth j, the transition bias tells one parent's children from another's."""
 
     def propose(
         self, model, root: torch.Tensor, stream_hidden: torch.Tensor | None, shape: TreeShape
@@ -46,20 +42,13 @@ class StreamSource:
         tables = shape.tables(root.device)
         tokens = tokens.repeat(1, shape.nodes)
         logits = model.get_output_embeddings()(stream_hidden[:, : shape.depth])
-        count = min(max(CANDIDATES, 2 * max(level.width for level in tables.levels)), logits.shape[-1])
-        scores, candidates = logits.float().topk(count)
         biased = bool(model.streams.config.transition_rank)
-        keys = model.transition_keys(candidates=candidates).float() if biased else None
         for depth, level in enumerate(tables.levels):
-            level_scores = scores[:, depth, None]
-            if keys is not None:
-                parents = model.transition_keys(parent_tokens=tokens[:, level.parents]).float()
-                level_scores = level_scores + parents @ keys[:, depth].transpose(1, 2)
-            best = level_scores.topk(level.width).indices
-            chosen = candidates[:, depth, None].expand(-1, best.shape[1], -1).gather(2, best)
-            if chosen.shape[1] == 1:
-                chosen = chosen.expand(-1, len(level.parents), -1)
-            tokens[:, level.nodes] = chosen[:, level.slots, level.ranks]
+            scores = logits[:, depth, None]
+            if biased:
+                scores = scores + model.transition_bias(tokens[:, level.parents])
+            best = scores.topk(level.width).indices.expand(-1, len(level.parents), -1)
+            tokens[:, level.nodes] = best[:, level.slots, level.ranks]
         return DraftTree(shape, tokens)
 
 

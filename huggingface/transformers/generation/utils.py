@@ -129,6 +129,7 @@ def _decode(
     # Not a named argument: upstream would then also pass the caller's own mask, and the call would fail.
     attention_mask = model_kwargs.get("attention_mask")
     _check_supported(generation_config, output_streamer, input_ids)
+    pack_linears(model)
     run = _Run(model, input_ids, attention_mask, generation_config, stopping_criteria, options)
     rule = Rule(logits_processor, bool(generation_config.do_sample))
     timer = PhaseTimer(model.device, options.record_phases)

@@ -31,6 +31,8 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
     """
 
     stream_linears: tuple[str, ...] = ()
+    _table: torch.Tensor | None = None
+    _table_source: tuple[int, ...] | None = None
 
     def __init__(self, config):
         super().__init__(config)
@@ -203,18 +205,23 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         """
         logits = self.get_output_embeddings()(stream_hidden)
         if self.streams.config.transition_rank:
-            keys = self.streams.transition_out(self.get_output_embeddings().weight)
-            logits = logits + self.transition_keys(parent_tokens=parent_tokens) @ keys.T
+            logits = logits + self.transition_bias(parent_tokens)
         return logits
 
-    def transition_keys(
-        self, parent_tokens: torch.Tensor | None = None, candidates: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Returns (..., rank) keys of preceding tokens or of candidates; their product is what :meth:`stream_logits` adds."""
-        if candidates is None:
-            return self.streams.transition_in(self.get_input_embeddings()(parent_tokens))
-        rows = torch.nn.functional.embedding(candidates, self.get_output_embeddings().weight)
-        return self.streams.transition_out(rows)
+    def transition_bias(self, parent_tokens: torch.Tensor) -> torch.Tensor:
+        """Returns (..., vocab) logits that every token gains from (...) int64 tokens before it: `A E[parent] . B H[token]`."""
+        keys = self.streams.transition_in(self.get_input_embeddings()(parent_tokens))
+        return torch.nn.functional.linear(keys, self._transition_table())
+
+    def _transition_table(self) -> torch.Tensor:
+        """Returns `B H`, (vocab, rank); kept between calls while neither factor changes and no gradient is wanted."""
+        head, factor = self.get_output_embeddings().weight, self.streams.transition_out.weight
+        if torch.is_grad_enabled():
+            return self.streams.transition_out(head)
+        source = (head.data_ptr(), head._version, factor.data_ptr(), factor._version)
+        if self._table_source != source:
+            self._table, self._table_source = self.streams.transition_out(head), source
+        return self._table
 
     def early_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, vocab) next-token probabilities read below the stream layers, for pruning draft nodes."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import GPT2Config
 
+from huggingface.transformers.generation.draft_sources import StreamSource
+from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.models.spec_stream import (
     StreamConfig,
     stock_config,
@@ -73,17 +75,34 @@ def test_every_stream_parameter_gets_a_gradient(architecture, make_model):
     assert missing == []
 
 
-def test_transition_keys_are_what_stream_logits_adds(make_model):
-    model = make_model("gpt_neo")
-    hidden = torch.randn(2, 3, model.config.hidden_size, dtype=torch.float64)
+def test_transition_bias_follows_its_weights(make_model):
+    """What `stream_logits` adds is the product of the two factors, also after a weight has changed under the kept table."""
+    model = make_model("gpt_neo", seed=8)
+    hidden = torch.zeros(2, 3, model.config.hidden_size, dtype=torch.float64)
     parents = torch.randint(0, 13, (2, 3))
-    plain = model.get_output_embeddings()(hidden)
-    added = model.stream_logits(hidden, parents) - plain
-    candidates = torch.arange(13).expand(2, 13)
-    keys = model.transition_keys(parent_tokens=parents) @ model.transition_keys(
-        candidates=candidates
-    ).transpose(1, 2)
-    torch.testing.assert_close(added, keys)
+    head, streams = model.get_output_embeddings().weight, model.streams
+    with torch.no_grad():
+        for _ in range(2):
+            keys = model.get_input_embeddings()(parents) @ streams.transition_in.weight.T
+            want = keys @ (head @ streams.transition_out.weight.T).T
+            torch.testing.assert_close(model.stream_logits(hidden, parents), want)
+            streams.transition_out.weight.mul_(3.0)
+
+
+def test_drafts_are_the_best_tokens_of_the_biased_streams(architecture, make_model):
+    """A draft equals what `stream_logits` ranks for the tree's own parents, level by level."""
+    model = make_model(architecture)
+    shape = TreeShape((-1, 0, 0, 1, 1, 2, 4), 3)
+    stream_hidden = torch.randn(2, 3, model.config.hidden_size, dtype=torch.float64)
+    with torch.no_grad():
+        tree = StreamSource().propose(model, torch.tensor([3, 5]), stream_hidden, shape)
+        for row in range(2):
+            for node in range(1, shape.nodes):
+                depth = shape.depths[node]
+                parents = tree.tokens[row, shape.parents[node]].repeat(3)
+                logits = model.stream_logits(stream_hidden[row], parents)[depth - 1]
+                order = logits.argsort(descending=True)
+                assert tree.tokens[row, node] == order[shape.ranks[node]]
 
 
 @pytest.mark.parametrize(
