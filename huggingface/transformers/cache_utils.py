@@ -21,6 +21,8 @@ class StaticTreeLayer(CacheLayerMixin):
     """One layer's view of the cache: writes the rows of a step at `base`, returns everything up to them."""
 
     is_compileable = True
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, cache: StaticTreeCache, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
@@ -88,7 +90,9 @@ class StaticTreeCache(Cache):
             ValueError: `capacity` or `scratch` leaves no room for a single row.
         """
         if capacity < 1 or scratch < 1:
-            raise ValueError(f"a cache needs at least one row; got capacity {capacity} and scratch {scratch}.")
+            raise ValueError(
+                f"a cache needs at least one row; got capacity {capacity} and scratch {scratch}."
+            )
         self.base = 0
         self.capacity = capacity
         self.scratch = scratch

@@ -73,9 +73,9 @@ def visible_in_step(
 def attention_mask_from(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns the additive mask that upstream's `sdpa` and `eager` functions both take.
 
-    Additive rather than boolean because SDPA would turn a boolean mask into this one again in every layer. Hidden keys get a large
-    number, not the dtype's largest: kernels scale scores to base 2, and where a whole tile of keys is hidden, as behind a local
-    window, an overflow to infinity minus itself is NaN.
+    Additive rather than boolean because SDPA would turn a boolean mask into this one again in every layer. Hidden keys get a
+    large number, not the dtype's largest: kernels scale scores to base 2, and where a whole tile of keys is hidden, as behind a
+    local window, an overflow to infinity minus itself is NaN.
 
     Args:
         visible: bool, (batch or 1, 1, queries, keys).

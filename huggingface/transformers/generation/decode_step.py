@@ -185,8 +185,8 @@ def _masks(model, state: DecodeState, block: torch.Tensor, positions: torch.Tens
 def prune(early: torch.Tensor, tree: DraftTree, keep: int) -> Survivors:
     """Returns the `keep` nodes most likely by the early head.
 
-    A node's score is what its *parent's* row says of the node's token; the product along the path ranks the nodes. A product never
-    grows with depth and ties go to the shallower node, so the kept set holds every parent of its members.
+    A node's score is what its *parent's* row says of the node's token; the product along the path ranks the nodes. A product
+    never grows with depth and ties go to the shallower node, so the kept set holds every parent of its members.
 
     Args:
         early: (batch, nodes, vocab) next-token probabilities at each node.

@@ -13,6 +13,7 @@ import torch
 
 from .draft_tree import DraftTree, TreeShape
 
+
 class DraftSource(Protocol):
     """Fills a tree shape with tokens."""
 
@@ -31,7 +32,7 @@ class DraftSource(Protocol):
 
 
 class StreamSource:
-    """Drafts from the streams: stream j scores the tokens of depth j, the transition bias tells one parent's children from another's."""
+    """Drafts from the streams: stream j scores the tokens of depth j, the transition bias sets one parent apart from another."""
 
     def propose(
         self, model, root: torch.Tensor, stream_hidden: torch.Tensor | None, shape: TreeShape

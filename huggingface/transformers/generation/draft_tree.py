@@ -175,7 +175,7 @@ def ancestor_matrix(shape: TreeShape) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def _tables(shape: TreeShape, device: torch.device) -> ShapeTables:
-    def ids(values: Sequence[int]) -> torch.Tensor:
+    def ids(values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     ancestors = ancestor_matrix(shape).to(device)

@@ -97,8 +97,7 @@ class Sequences:
     def committed(self) -> list[int]:
         """Returns the cache rows of each sequence: all tokens but the last emitted one."""
         return [
-            length + max(count, 1) - 1
-            for length, count in zip(self.prompt_lengths, self.counts, strict=True)
+            length + max(count, 1) - 1 for length, count in zip(self.prompt_lengths, self.counts, strict=True)
         ]
 
     def depth_left(self, state) -> int:

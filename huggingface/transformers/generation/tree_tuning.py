@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from ..cache_utils import StaticTreeCache
 from ..integrations.packed_linear import pack_linears
@@ -198,7 +199,7 @@ def measure_step(
             cache,
             state,
             shape,
-            Rule([]),
+            Rule(LogitsProcessorList()),
             StreamSource(),
             PhaseTimer(device, False),
         )

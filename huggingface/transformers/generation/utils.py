@@ -27,7 +27,6 @@ from ..cache_utils import StaticTreeCache
 from ..integrations.packed_linear import pack_linears
 from .decode_step import DecodeState, StepOutput, decode_step
 from .draft_sources import DraftSource, OracleSource, StreamSource
-from .draft_tree import TreeShape
 from .sequences import Sequences, stop_rule
 from .step_record import GenerationStatistics, PhaseTimer, SpecGenerateOutput, StepRecord
 from .tree_tuning import DraftPlan, plan_for
@@ -60,9 +59,7 @@ class DecodeOptions:
         if self.drafts not in ("streams", "none"):
             raise ValueError(f"drafts must be 'streams' or 'none', got {self.drafts!r}.")
         if self.draft_nodes is not None and self.draft_nodes < 1:
-            raise ValueError(
-                f"draft_nodes counts the root and must be at least 1, got {self.draft_nodes}."
-            )
+            raise ValueError(f"draft_nodes counts the root and must be at least 1, got {self.draft_nodes}.")
         if self.acceptance_ratio is not None and not 0.0 <= self.acceptance_ratio <= 1.0:
             raise ValueError(f"acceptance_ratio must lie between 0 and 1, got {self.acceptance_ratio}.")
 
@@ -148,7 +145,9 @@ def _decode(
     return run.result()
 
 
-def _check_supported(config: GenerationConfig, streamer: BaseStreamer | None, input_ids: torch.Tensor) -> None:
+def _check_supported(
+    config: GenerationConfig, streamer: BaseStreamer | None, input_ids: torch.Tensor
+) -> None:
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams {config.num_beams}: beams have no draft tree; set num_beams=1.")
     if streamer is not None and len(input_ids) > 1:
@@ -239,9 +238,7 @@ class _Run:
             counts = [row[0] for row in packed]
             self._keep(out.path.tolist() if self._wants_scores() else [], counts, out.scores, out.logits)
             emitted = self.sequences.extend([row[1 : 1 + row[0]] for row in packed])
-            accepted = [
-                count - 1 if gained else 0 for count, gained in zip(counts, emitted, strict=True)
-            ]
+            accepted = [count - 1 if gained else 0 for count, gained in zip(counts, emitted, strict=True)]
             self._after(state, rule)
         self._record(out, emitted, accepted, time.perf_counter() - started, timer)
 
@@ -293,15 +290,15 @@ class _Run:
 
     def result(self) -> torch.Tensor | SpecGenerateOutput:
         """Returns (batch, longest) int64 sequences as upstream would, or upstream's output class with statistics."""
-        sequences = self.sequences.padded(self.config, self.model.device)
+        # Upstream annotates its output narrower than what it puts there.
+        sequences: Any = self.sequences.padded(self.config, self.model.device)
+        scores: Any = _by_token(self.kept_scores, self.sequences) if self.config.output_scores else None
+        logits: Any = _by_token(self.kept_logits, self.sequences) if self.config.output_logits else None
         self.statistics.finish_reasons = self.sequences.reasons()
         if not self.config.return_dict_in_generate:
             return sequences
         return SpecGenerateOutput(
-            sequences=sequences,
-            scores=_by_token(self.kept_scores, self.sequences) if self.config.output_scores else None,
-            logits=_by_token(self.kept_logits, self.sequences) if self.config.output_logits else None,
-            statistics=self.statistics,
+            sequences=sequences, scores=scores, logits=logits, statistics=self.statistics
         )
 
 

@@ -8,6 +8,7 @@ probabilities are needed. Ties of the largest logit go to the lowest token id.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -82,7 +83,8 @@ class Rule:
             return logits
         scores = logits.float()
         if not self.needs_prefixes:
-            return self.processors(None, scores.flatten(0, 1)).view(scores.shape)
+            unread: Any = None  # processors of scores alone do not look at the tokens
+            return self.processors(unread, scores.flatten(0, 1)).view(scores.shape)
         shape = tree.shape if tree is not None else TreeShape((-1,))
         processed = torch.empty_like(scores)
         for row, history in enumerate(histories):
@@ -90,7 +92,7 @@ class Rule:
             tokens = tree.tokens[row].tolist() if tree is not None else history[-1:]
             for places in _by_depth(shape, present):
                 prefixes = [[*history, *(tokens[at] for at in shape.path(present[i])[1:])] for i in places]
-                ids = torch.tensor(prefixes, dtype=torch.int64, device=logits.device)
+                ids: Any = torch.tensor(prefixes, dtype=torch.int64, device=logits.device)
                 processed[row, places] = self.processors(ids, scores[row, places])
         return processed
 

@@ -1,8 +1,8 @@
 """Linear layers on a CPU for the few rows of a draft tree.
 
-`F.linear` in float32 is a matrix-vector product for one row and a general matrix product for more; at 4 to 40 rows the general one
-is several times slower than the arithmetic needs. oneDNN's product over a weight that was laid out for it once is not. For one row
-of a small weight the plain product stays ahead, so rows decide.
+`F.linear` in float32 is a matrix-vector product for one row and a general matrix product for more; at 4 to 40 rows the general
+one is several times slower than the arithmetic needs. oneDNN's product over a weight that was laid out for it once is not. For
+one row of a small weight the plain product stays ahead, so rows decide.
 
 The packed weight is a copy: packing costs the memory of the packed layers once more, and is refused above :data:`PACK_LIMIT`.
 """

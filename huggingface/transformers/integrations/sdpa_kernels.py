@@ -1,7 +1,7 @@
 """Which of torch's attention kernels a pass may use on CUDA.
 
-cuDNN's kernel makes an execution plan for every new shape, tens of milliseconds each. In decoding the number of keys grows with every
-step and in training it differs from batch to batch, so the plans cost far more than the kernel saves.
+cuDNN's kernel makes an execution plan for every new shape, tens of milliseconds each. In decoding the number of keys grows with
+every step and in training it differs from batch to batch, so the plans cost far more than the kernel saves.
 """
 
 from __future__ import annotations

@@ -197,10 +197,8 @@ class SpecGPTNeoModel(SpecGPTNeoPreTrainedModel):
         slots = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
         hidden = self.drop(embeds + self.wpe(slots if position_ids is None else position_ids))
         masks = self._masks(attention_mask, slots, past_key_values, embeds.dtype)
-        for block in self.h:
-            hidden, _ = block(
-                hidden, layer_past=past_key_values, attention_mask=masks[block.attn.attention_type]
-            )
+        for block, kind in zip(self.h, self.config.attention_layers, strict=True):
+            hidden, _ = block(hidden, layer_past=past_key_values, attention_mask=masks[kind])
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values)
 
     def _masks(

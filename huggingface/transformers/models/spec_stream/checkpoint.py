@@ -92,7 +92,9 @@ def _load_streams(model, directory: Path) -> None:
 
     path = directory / "model.safetensors"
     if not path.is_file():
-        raise ValueError(f"{directory} has no model.safetensors with stream weights; copy the whole checkpoint.")
+        raise ValueError(
+            f"{directory} has no model.safetensors with stream weights; copy the whole checkpoint."
+        )
     saved: dict[str, torch.Tensor] = load_file(path)
     expected = {k: v for k, v in model.state_dict().items() if k.startswith(STREAM_PREFIX)}
     _check_stream_keys(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass
 class StreamFields:
-    """The same fields on a model's configuration, where `config.json` keeps them; :class:`StreamConfig` explains and checks them."""
+    """The same fields on a model's configuration, where `config.json` keeps them; :class:`StreamConfig` explains and checks."""
 
     streams: int = 4
     stream_layers: int = 4

@@ -8,6 +8,7 @@ and token rows compute what they always did.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +35,9 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
     _table: torch.Tensor | None = None
     _table_source: tuple[int, ...] | None = None
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config: Any):
+        # The stock class that follows this mixin takes the configuration.
+        super().__init__(config)  # type: ignore[call-arg]
         shape = StreamConfig.of(config)
         layers = self.decoder_layers()
         shape.check_layers(len(layers))
@@ -219,7 +221,7 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         if torch.is_grad_enabled():
             return self.streams.transition_out(head)
         source = (head.data_ptr(), head._version, factor.data_ptr(), factor._version)
-        if self._table_source != source:
+        if self._table is None or self._table_source != source:
             self._table, self._table_source = self.streams.transition_out(head), source
         return self._table
 

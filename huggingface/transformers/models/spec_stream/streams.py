@@ -7,6 +7,7 @@ main weights keep upstream's names.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,9 @@ class Streams(nn.Module):
             return
         for index in range(self.first_layer, len(layers)):
             for name in linear_names:
-                linear = layers[index].get_submodule(name)
+                linear: Any = layers[index].get_submodule(
+                    name
+                )  # an nn.Linear, or what quantisation made of it
                 lora = GatedLora(linear.in_features, linear.out_features, self.config.lora_rank)
                 self.lora[f"{index}_{name.replace('.', '_')}"] = lora
                 linear.register_forward_hook(partial(self._add_update, lora))

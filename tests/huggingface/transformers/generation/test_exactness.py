@@ -75,9 +75,7 @@ def shapes(draw) -> TreeShape:
 
 prompt = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=LIMIT - 1)
 short_prompt = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=14)
-CASES = settings(
-    max_examples=340, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+CASES = settings(max_examples=340, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -91,9 +89,11 @@ def test_any_tree_any_prompt(architecture, implementation, make_model, make_stoc
     def check(prompts, shape, length, left):
         if left is False and length == 0:
             return
-        got, statistics = _decode(
-            model, prompts, length, "left" if left else "right", plan=DraftPlan(shape)
-        ) if length else ([()] * len(prompts), None)
+        got, statistics = (
+            _decode(model, prompts, length, "left" if left else "right", plan=DraftPlan(shape))
+            if length
+            else ([()] * len(prompts), None)
+        )
         assert got == [_reference(stock, tuple(p), length) for p in prompts]
         if statistics is not None:
             _check_accounting(statistics, got, shape)

@@ -30,8 +30,10 @@ def _p_value(observed: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 
 def _two_token_counts(target, tree: DraftTree, rule: Rule) -> torch.Tensor:
-    """Returns an (8, 8) histogram of the first two tokens of 200k steps, the second drawn afresh where the step ended after one."""
-    path_tokens = [[int(tree.tokens[0, at]) for at in tree.shape.path(n)[1:]] for n in range(tree.shape.nodes)]
+    """Returns an (8, 8) histogram of the first two tokens of 200k steps; where a step ends after one, the second is drawn."""
+    path_tokens = [
+        [int(tree.tokens[0, at]) for at in tree.shape.path(n)[1:]] for n in range(tree.shape.nodes)
+    ]
     logits = torch.stack([target(tuple(path)) for path in path_tokens])
     scores = rule.scores(logits[None], [])
     chosen = rule.pick(scores.expand(DRAWS, -1, -1))

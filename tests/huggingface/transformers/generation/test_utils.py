@@ -7,8 +7,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.generation.draft_tree import TreeShape
+from huggingface.transformers.generation.tree_tuning import DraftPlan
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 PLAN = DraftPlan(TreeShape((-1, 0, 0, 1, 1, 2, 3), 3))

@@ -37,7 +37,7 @@ class StreamGPTNeoForCausalLM(StreamDecoder, SpecGPTNeoForCausalLM):
         return self.transformer.h
 
     def layer_window(self, index: int) -> int | None:
-        return self.transformer.h[index].attn.attention.sliding_window
+        return self.config.window_size if self.config.attention_layers[index] == "local" else None
 
     def embed_rows(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))

@@ -36,7 +36,9 @@ def saved(tmp_path_factory) -> str:
 
 
 def _pair(saved: str, implementation: str, dtype: torch.dtype):
-    ours = SpecGPTNeoForCausalLM.from_pretrained(saved, attn_implementation=implementation, dtype=dtype).eval()
+    ours = SpecGPTNeoForCausalLM.from_pretrained(
+        saved, attn_implementation=implementation, dtype=dtype
+    ).eval()
     theirs = GPTNeoForCausalLM.from_pretrained(saved, dtype=dtype).eval()
     return ours, theirs
 

@@ -105,9 +105,7 @@ def test_drafts_are_the_best_tokens_of_the_biased_streams(architecture, make_mod
                 assert tree.tokens[row, node] == order[shape.ranks[node]]
 
 
-@pytest.mark.parametrize(
-    "fields", [{"streams": -1}, {"streams": 2, "stream_layers": 0}, {"lora_rank": 1.5}]
-)
+@pytest.mark.parametrize("fields", [{"streams": -1}, {"streams": 2, "stream_layers": 0}, {"lora_rank": 1.5}])
 def test_impossible_shapes_are_refused(fields):
     with pytest.raises(ValueError, match="stream|lora_rank"):
         StreamConfig(**fields)
