@@ -39,6 +39,7 @@ def records_of(turn: Turn, answer: Mapping[str, Any]) -> Iterator[Record]:
             peak_memory_bytes=answer.get("peak_memory_bytes"),
             kv_bytes=answer.get("kv_bytes"),
             draft_nodes=answer.get("draft_nodes"),
+            draft_source=answer.get("draft_source"),
             wall_s=answer.get("wall_s"),
         )
 

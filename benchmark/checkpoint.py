@@ -16,6 +16,7 @@ from typing import Any
 from benchmark.errors import RunError, UsageError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
+CONFIGS = ("tokenizer_config.json", "generation_config.json")  # beside config.json, where there are any
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code")
 WEIGHT_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -32,7 +33,7 @@ class Checkpoint:
     Args:
         path: the directory.
         config: its `config.json`.
-        parameters: stored numbers, 0 with random weights.
+        parameters: stored numbers, those of the base model of streams included; 0 with random weights.
         weight_bytes: their bytes on disk.
         fingerprint: changes when the config or the weights do.
     """
@@ -66,28 +67,54 @@ def locate(name: str, root: Path) -> Path | None:
 
 
 def inspect(path: Path, random_weights: bool = False) -> Checkpoint:
-    """Returns what a checkpoint directory holds.
+    """Returns what a checkpoint directory holds, and the base model that streams alone refer to.
 
     Args:
         path: the directory.
         random_weights: the weights are not wanted; `config.json` is enough.
 
     Raises:
-        RunError: no config, a config that asks for code of its own, pickled, missing, truncated or inconsistent weights.
+        RunError: no config, a config that asks for code of its own, pickled, missing, truncated or inconsistent weights,
+            or no base model where one is named.
     """
+    config = _checked_config(path)
+    places = [path]
+    if not random_weights and config.get("base_model_name_or_path") is not None:
+        places += _base_of(path, str(config["base_model_name_or_path"]))
+    digest = hashlib.sha256()
+    parameters = weight_bytes = 0
+    for place in places:
+        digest.update(json.dumps(_checked_config(place), sort_keys=True).encode())
+        for file in () if random_weights else weight_files(place):
+            header = read_header(file)
+            digest.update(_sample(file))
+            for tensor in header.values():
+                parameters += math.prod(tensor["shape"])
+                weight_bytes += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    return Checkpoint(path, config, parameters, weight_bytes, digest.hexdigest()[:16])
+
+
+def _checked_config(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint's `config.json`, after a look at the configs beside it."""
     config = read_config(path / "config.json")
     refuse_code(config, path / "config.json")
-    if (path / "tokenizer_config.json").exists():
-        refuse_code(read_config(path / "tokenizer_config.json"), path / "tokenizer_config.json")
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    parameters = weight_bytes = 0
-    for file in () if random_weights else weight_files(path):
-        header = read_header(file)
-        digest.update(_sample(file))
-        for tensor in header.values():
-            parameters += math.prod(tensor["shape"])
-            weight_bytes += tensor["data_offsets"][1] - tensor["data_offsets"][0]
-    return Checkpoint(path, config, parameters, weight_bytes, digest.hexdigest()[:16])
+    for file in (path / name for name in CONFIGS):
+        if file.exists():
+            refuse_code(read_config(file), file)
+    return config
+
+
+def _base_of(path: Path, name: str) -> list[Path]:
+    """Returns the directory of the base model that streams alone name, nothing where the name can only be a hub id."""
+    for place in (path / name, Path(name)):
+        if place.is_dir():
+            return [place]
+    if HUB_ID.fullmatch(name) and not ("/" in name and Path(name).parent.is_dir()):
+        return []
+    raise RunError(
+        f"{path / 'config.json'} names the base model {name}, and there is no such directory: put the base model back, "
+        "or set base_model_name_or_path to where it is."
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -74,7 +74,9 @@ class RunConfig:
         ("spider", "dialogsum", "e2e_nlg"), "data sets, a comma list; 'synthetic' gives random prompts", _names,
         "NAME[,NAME...]",
     )  # fmt: skip
-    data_dir: str | None = option(None, "folder with the official release files", shape="PATH")
+    data_dir: str | None = option(
+        None, "folder with the official release files; for 'jsonl' alone a file", shape="PATH"
+    )
     limit: int = option(32, "prompts per data set, drawn with --seed", int, "N", alias="sample_size")
     prompt_tokens: int = option(128, "length of the prompts of the data set 'synthetic'", int, "N")
     ignore_eos: bool = option(False, "go on to --max_new_tokens even after the end-of-text token")

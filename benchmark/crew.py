@@ -1,6 +1,5 @@
 """The worker processes of a run: those of one group live side by side, each holding one technique."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -9,8 +8,6 @@ from typing import Any
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import Contender
 from benchmark.worker_client import LOAD_TIMEOUT_S, Worker, WorkerError
-
-logger = logging.getLogger(__name__)
 
 
 class Crew:
@@ -104,7 +101,6 @@ class Crew:
             self._refuse(name, error)
 
     def _refuse(self, name: str, error: WorkerError) -> None:
-        logger.warning("%s cannot be loaded: %s", name, error)
         self.refused[name] = error
         self.drop(name)
 

@@ -16,16 +16,24 @@ class Contender:
         name: as given to `--model_type`.
         recipe: what its worker makes real, plain JSON.
         twin: contender with the same recipe and no drafts, against which exactness is judged.
+        largest_batch: most prompts it answers at once; None for no limit.
     """
 
     name: str
     recipe: Mapping[str, Any]
     twin: str | None = None
+    largest_batch: int | None = None
 
     @property
     def sweeps(self) -> bool:
         """Whether our engine drafts for it, so that its acceptance can be set."""
         return self.recipe.get("decoder") == "engine" and bool(self.recipe.get("drafts"))
+
+    def refusal(self, batch_size: int) -> str | None:
+        """Returns why it cannot answer so many prompts at once, None if it can."""
+        if self.largest_batch is None or batch_size <= self.largest_batch:
+            return None
+        return f"{self.name} runs at batch size {self.largest_batch} at most"
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,8 @@ def schedule(plan: RunPlan, done: Collection[str]) -> Iterator[Turn]:
                 for repeat in range(plan.repeats):
                     for index, prompts in enumerate(batches(prompt_ids, batch_size)):
                         for name in names:
+                            if plan.contenders[name].refusal(batch_size):
+                                continue
                             turn = Turn(Cell(name, dataset, batch_size, group), repeat, index, prompts)
                             if turn.request not in done:
                                 yield turn

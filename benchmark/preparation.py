@@ -68,11 +68,14 @@ def _fingerprint(part: LoadedSet) -> str:
 
 
 def check_data_flags(config: RunConfig) -> None:
-    """Raises UsageError for an unknown data set or a `--data_dir` that is not there."""
+    """Raises UsageError for an unknown data set, or a `--data_dir` that is not there or not what they read."""
     for name in config.datasets:
         if name not in DATASETS:
             raise UsageError(f"--datasets got '{name}', expected some of {', '.join(DATASETS)}.")
-    if config.data_dir is not None and not Path(config.data_dir).is_dir():
+    if config.data_dir is None:
+        return
+    folder_only = [name for name in config.datasets if not DATASETS[name].takes_file]
+    if not Path(config.data_dir).is_dir() and (folder_only or not Path(config.data_dir).is_file()):
         raise UsageError(
             f"--data_dir {config.data_dir} is not a folder; give the one that holds the release files."
         )
@@ -175,7 +178,7 @@ def saved_plan(config: RunConfig, saved: Mapping[str, Any], data: Data) -> RunPl
             "restore the data, or give another --run_name, or --overwrite."
         )
     contenders = {
-        name: Contender(name, values["recipe"], values["twin"])
+        name: Contender(name, values["recipe"], values["twin"], values.get("largest_batch"))
         for name, values in saved["techniques"].items()
     }
     groups = tuple(tuple(names) for names in saved["groups"])

@@ -45,6 +45,8 @@ class Record:
         peak_memory_bytes: highest memory of the call.
         kv_bytes: size of the cache at the end of the call.
         draft_nodes: nodes of the draft tree that was used; None where our engine drafts nothing.
+        draft_source: who decided that number: `given` (a flag), `tuned` (the checkpoint knows this device), `tuned at load`
+            (measured before the first answer) or `default`.
         phases_s: seconds by phase, in the breakdown run only.
         acceptance_ratio: share of right drafts, in the acceptance sweep only.
     """
@@ -73,6 +75,7 @@ class Record:
     peak_memory_bytes: int | None = None
     kv_bytes: int | None = None
     draft_nodes: int | None = None
+    draft_source: str | None = None
     phases_s: Mapping[str, float] | None = None
     acceptance_ratio: float | None = None
 

@@ -127,7 +127,7 @@ def _prompts(run: SavedRun) -> str:
     """Returns each prompt's answers side by side, first repeat; a note where the run has no answers."""
     answers: dict[str, dict[str, dict[str, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in run.records:
-        if record.status == OK and record.batch_size == run.batch_sizes[0]:
+        if record.status == OK and record.batch_size in run.batch_sizes[:1]:
             answers[record.dataset][record.prompt_id].setdefault(record.model_type, record)
     if not answers:
         return '<p class="note">This folder holds no answers (records.jsonl), so none are shown.</p>'

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmark.describe import dataset_label, failures, remarks, setting_label, workload_label
 from benchmark.saved_run import ResultsError, SavedRun, is_measured
+from benchmark.table import draft_tree
 
 Table = list[list[str]]
 MIB = 2**20
@@ -17,7 +18,7 @@ UNSURE = "\\*"
 UNSURE_NOTE = f"{UNSURE} the 95 % interval holds 1: not distinguishable from the baseline."
 DETAIL_COLUMNS = (
     "data set", "technique", "batch", "tokens/s", "speed-up [95 %]", "decode tokens/s", "decode speed-up [95 %]",
-    "acceptance length", "same text", "gap", "same as own model", "TTFT ms", "TPOT ms", "peak MiB", "quality",
+    "draft nodes", "acceptance length", "same text", "gap", "same as own model", "TTFT ms", "TPOT ms", "peak MiB", "quality",
 )  # fmt: skip
 
 
@@ -135,6 +136,7 @@ def _detail_row(row: Mapping[str, Any]) -> list[str]:
         _ratio(row, "speedup"),
         number(row.get("decode_tokens_per_s")),
         _ratio(row, "decode_speedup"),
+        draft_tree(row),
         number(row.get("acceptance_length")),
         _share(row.get("match_rate")),
         "" if row.get("divergence_gap_max") is None else f"{row['divergence_gap_max']:.2g}",

@@ -27,7 +27,7 @@ from benchmark.preparation import (
     resolved,
     saved_plan,
 )
-from benchmark.records import OK, SKIPPED, Record
+from benchmark.records import OK, SETTLED, SKIPPED, Record
 from benchmark.run_directory import SCHEMA_VERSION, RunDirectory
 from benchmark.summary import Facts, Quality, summarise
 
@@ -54,14 +54,22 @@ def carry_out(config: RunConfig, loader: str) -> RunDirectory:
         if config.overwrite:
             directory.clear()
         saved = run_directory.check_same(directory, config, checkpoint.fingerprint)
-        if saved is None or not is_finished(read_json(directory.file("summary.json"))):
+        if saved is None or not is_finished(_summary(directory)):
             _measure(config, checkpoint, load_data(config), directory, saved, loader)
     return directory
 
 
+def _summary(directory: RunDirectory) -> Any:
+    """Returns the summary, None where there is none or it is damaged: then it is made anew from the records."""
+    try:
+        return read_json(directory.file("summary.json"))
+    except ValueError:
+        return None
+
+
 def is_finished(summary: Mapping[str, Any] | None) -> bool:
     """Returns whether a run has nothing left to do: every cell was measured, or cannot be here."""
-    return summary is not None and all(row["status"] in (OK, SKIPPED) for row in summary["rows"])
+    return summary is not None and all(row["status"] in SETTLED for row in summary["rows"])
 
 
 def _measure(
@@ -115,7 +123,8 @@ def _begin(
         "model_config": checkpoint.config,
         "checkpoint_fingerprint": checkpoint.fingerprint,
         "techniques": {
-            name: {"recipe": dict(one.recipe), "twin": one.twin} for name, one in plan.contenders.items()
+            name: {"recipe": dict(one.recipe), "twin": one.twin, "largest_batch": one.largest_batch}
+            for name, one in plan.contenders.items()
         },
         "skipped": dict(chosen.skipped),
         "alone": chosen.alone,
@@ -154,7 +163,7 @@ def _summarise(
     )
     rows = [row.as_json() for row in summarise(records, plan, quality_of(records, data), facts)]
     skipped = data.skipped_rows()
-    failed = any(row["status"] != OK and row["model_type"] not in facts.skipped for row in rows)
+    failed = any(row["status"] not in SETTLED for row in rows)
     lost = bool(skipped) or any(row["prompts_skipped"] for row in rows)
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

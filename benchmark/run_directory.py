@@ -174,10 +174,10 @@ def _shown(values: Mapping[str, Any], flag: str) -> str:
 
 
 def describe_os_error(error: OSError, path: Path | str | None = None) -> str:
-    """Returns what a failed write means for the user, in one line."""
+    """Returns what a failed write means for the user, in one line; `path` is given where the output folder was made."""
     place = error.filename or path or "the output folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full or a size limit is reached at {place} ({error.strerror}): free space, then run again."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if path is not None or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place} cannot be written ({error.strerror}): choose another --output_dir."
     return f"{place}: {error.strerror or error}"

@@ -7,7 +7,7 @@ from typing import Any
 from benchmark.config import RunConfig
 from benchmark.errors import UsageError
 from benchmark.plan import Contender
-from models import TECHNIQUES, Recipe, fold, unavailable
+from models import TECHNIQUES, Recipe, fold, largest_batch, unavailable
 
 ALL = "all"
 BASELINE = "naive"
@@ -68,7 +68,11 @@ def select(config: RunConfig, machine: Mapping[str, Any], model_config: Mapping[
     skipped: dict[str, str] = {}
     for name in wanted(config):
         recipe = _recipe(name, config, machine)
-        reason = unavailable(name, machine) or _without_streams(recipe, config, model_config)
+        reason = (
+            unavailable(name, machine)
+            or _without_streams(recipe, config, model_config)
+            or _beyond_batch(name, config, every=name != alone)
+        )
         if reason and name == alone:
             raise UsageError(f"--model_type {name} cannot run here: {reason}")
         if reason:
@@ -94,12 +98,23 @@ def _without_streams(recipe: Recipe, config: RunConfig, model_config: Mapping[st
     return f"{place} has no streams; train them: train_spec_stream.py --mode adapter --model_name_or_path {place}"
 
 
+def _beyond_batch(name: str, config: RunConfig, every: bool) -> str | None:
+    """Returns why a technique cannot run at the batch sizes asked for: at `every` one, or at any."""
+    most = largest_batch(name)
+    too_large = [size for size in config.batch_size if most is not None and size > most]
+    if not too_large or (every and len(too_large) < len(config.batch_size)):
+        return None
+    return (
+        f"it runs at batch size {most} at most, and --batch_size asks for {', '.join(map(str, too_large))}."
+    )
+
+
 def _with_twins(recipes: Mapping[str, Recipe]) -> dict[str, Contender]:
     result = {}
     for name, recipe in recipes.items():
         plain = recipe.without_drafts()
         twins = [other for other, its in recipes.items() if recipe.drafts and its == plain]
-        result[name] = Contender(name, recipe.to_json(), twins[0] if twins else None)
+        result[name] = Contender(name, recipe.to_json(), twins[0] if twins else None, largest_batch(name))
     return result
 
 

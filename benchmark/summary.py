@@ -1,5 +1,6 @@
 """Records -> one row a cell: what the table prints and the figures draw. Nothing here runs or times anything."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class SummaryRow:
     ttft_s: float | None = None
     tpot_s: float | None = None
     draft_nodes: int | None = None
+    draft_source: str | None = None
     decode_steps: int | None = None
     output_tokens: int = 0
     acceptance_length: float | None = None
@@ -133,7 +135,9 @@ def _row(
     }
     status, reason = _status(cell, by_cell, plan)
     if status != OK:
-        return SummaryRow(**common, status=status, reason=reason)
+        return SummaryRow(
+            **common, status=status, reason=reason, prompts_skipped=_skipped(by_cell.get(cell, ()))
+        )
     records = [record for record in by_cell[cell] if record.status == OK]
     return SummaryRow(
         **common,
@@ -149,6 +153,9 @@ def _row(
 
 def _status(cell: Cell, by_cell: Mapping[Cell, list[Record]], plan: RunPlan) -> tuple[str, str | None]:
     """Returns the worst that happened in a cell, and why."""
+    refusal = plan.contenders[cell.model_type].refusal(cell.batch_size)
+    if refusal is not None:
+        return SKIPPED, refusal
     records = by_cell.get(cell, [])
     for record in records:
         if record.status not in SETTLED:
@@ -160,6 +167,13 @@ def _status(cell: Cell, by_cell: Mapping[Cell, list[Record]], plan: RunPlan) -> 
     return OK, None
 
 
+def _draft_tree(records: Sequence[Record]) -> dict[str, Any]:
+    """Returns the size of the draft tree and who decided it: the most frequent, since a worker that starts anew tunes anew."""
+    used = Counter((r.draft_nodes, r.draft_source) for r in records if r.draft_nodes)
+    nodes, source = used.most_common(1)[0][0] if used else (None, None)
+    return {"draft_nodes": nodes, "draft_source": source}
+
+
 def _counts(every: Sequence[Record], records: Sequence[Record]) -> dict[str, Any]:
     first = [record for record in records if record.repeat == 0]
     return {
@@ -167,7 +181,7 @@ def _counts(every: Sequence[Record], records: Sequence[Record]) -> dict[str, Any
         "ttft_s": metrics.ttft_s(records),
         "tpot_s": metrics.tpot_s(records),
         "output_tokens": sum(len(record.token_ids) for record in first),
-        "draft_nodes": max((record.draft_nodes for record in records if record.draft_nodes), default=None),
+        **_draft_tree(records),
         "decode_steps": metrics.decode_steps(first),
         "acceptance_length": metrics.acceptance_length(records),
         "acceptance_rate": metrics.acceptance_rate(records),
@@ -175,9 +189,14 @@ def _counts(every: Sequence[Record], records: Sequence[Record]) -> dict[str, Any
         "peak_memory_bytes": max((r.peak_memory_bytes for r in records if r.peak_memory_bytes), default=None),
         "kv_bytes": max((record.kv_bytes for record in records if record.kv_bytes), default=None),
         "prompts_truncated": sum(record.truncated for record in first),
-        "prompts_skipped": sum(record.status == SKIPPED and record.repeat == 0 for record in every),
+        "prompts_skipped": _skipped(every),
         "answers_cut": sum(record.finish_reason in ("length", "limit") for record in first),
     }
+
+
+def _skipped(records: Iterable[Record]) -> int:
+    """Returns how many prompts could not be answered."""
+    return sum(record.status == SKIPPED and record.repeat == 0 for record in records)
 
 
 def _speeds(cell: Cell, by_cell: Mapping[Cell, list[Record]], plan: RunPlan) -> dict[str, Any]:

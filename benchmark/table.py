@@ -31,6 +31,11 @@ def _quality(row: Row) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in (row.get("quality") or {}).items())
 
 
+def draft_tree(row: Row) -> str:
+    """Returns the number of nodes of a row's draft tree and who decided it; empty where nothing was drafted."""
+    return ", ".join(str(row[key]) for key in ("draft_nodes", "draft_source") if row.get(key))
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "data set": lambda row: str(row["dataset"]),
     "batch": lambda row: str(row["batch_size"]),
@@ -41,7 +46,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "speed-up": _ratio("speedup"),
     "decode speed-up": _ratio("decode_speedup"),
     "TTFT ms": _number("ttft_s", ".1f", 1000),
-    "nodes": _number("draft_nodes", "d"),
+    "nodes": draft_tree,
     "acceptance": _number("acceptance_length", ".2f"),
     "match": _number("match_rate", ".3f"),
     "quality": _quality,
@@ -50,7 +55,7 @@ LEFT = ("data set", "technique", "dtype", "quality")
 FOOTER = (
     "tokens/s: output tokens / (prefill + decode seconds); decode tokens/s: after the first token; "
     "speed-up: over {baseline}, 95 % paired bootstrap over prompts, * where no difference is shown; "
-    "nodes: size of the draft tree; "
+    "nodes: size of the draft tree, and whether it was tuned for this device, given or the default; "
     "acceptance: tokens per decode step, bonus token included; "
     "match: answers equal to {baseline}'s, token for token."
 )

@@ -97,6 +97,7 @@ class Session:
             "peak_memory_bytes": peak_memory(),
             "kv_bytes": _plain(getattr(self.model, "kv_bytes", None)),
             "draft_nodes": _plain(getattr(self.model, "draft_nodes", None)),
+            "draft_source": _plain(getattr(self.model, "draft_source", None)),
             "generations": [_fields(generation) for generation in generations],
         }
 

@@ -111,6 +111,7 @@ class Dataset(ABC):
         hub: where the hub keeps the same rows; None where it does not.
         no_hub: why the hub is no source, where `hub` is None.
         has_samples: whether the project carries its own samples of this set.
+        takes_file: whether `--data_dir` may be a single file instead of a folder.
         merged_splits: splits in which rows of one prompt become one example with all their references.
     """
 
@@ -119,6 +120,7 @@ class Dataset(ABC):
     hub: ClassVar[HubSource | None] = None
     no_hub: ClassVar[str] = ""
     has_samples: ClassVar[bool] = True
+    takes_file: ClassVar[bool] = False
     merged_splits: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, fetch: Fetch = fetch_rows) -> None:
@@ -223,7 +225,7 @@ class Dataset(ABC):
                         f"{self.name}: {note}. Give the official files with --data_dir."
                     ) from error
         if not self.has_samples:
-            raise DataError(
+            raise MissingDataError(
                 f"{self.name} has no samples of its own. Give files with --data_dir. {note}".strip()
             )
         return self.read(SAMPLES / self.name, split), "samples", note

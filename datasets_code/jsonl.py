@@ -27,6 +27,7 @@ class JsonLines(Dataset):
     name = "jsonl"
     metrics = ROUGE
     has_samples = False
+    takes_file = True
     no_hub = "It takes a file of JSON lines, or a folder with jsonl/<split>.jsonl."
 
     def folder(self, data_dir: Path) -> Path:

@@ -32,6 +32,7 @@ __all__ = [
     "Technique",
     "build",
     "fold",
+    "largest_batch",
     "unavailable",
 ]
 
@@ -101,6 +102,12 @@ def unavailable(names: str, machine: Machine | Mapping[str, Any]) -> str | None:
     """Returns why an entry of `--model_type` cannot run on this machine, or `None` if it can."""
     reasons = (technique.unavailable(Machine.of(machine)) for technique in build(names))
     return next((reason for reason in reasons if reason), None)
+
+
+def largest_batch(names: str) -> int | None:
+    """Returns how many prompts an entry of `--model_type` answers at once at most, `None` for no limit."""
+    limits = [technique.largest_batch for technique in build(names)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _class_of(name: str) -> type[Technique]:

@@ -12,6 +12,7 @@ class PromptLookup(Technique):
 
     name: ClassVar[str] = "prompt_lookup"
     summary: ClassVar[str] = "upstream's speculation with n-grams of the context"
+    largest_batch: ClassVar[int | None] = 1
 
     prompt_lookup_num_tokens: int = option(10, "tokens that prompt_lookup proposes a step")
     max_matching_ngram_size: int = option(2, "longest n-gram that prompt_lookup looks for")

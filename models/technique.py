@@ -141,10 +141,12 @@ class Technique:
     Attributes:
         name: what `--model_type` calls it.
         summary: one line for `--help` and the README.
+        largest_batch: most prompts it answers at once; `None` for no limit.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    largest_batch: ClassVar[int | None] = None
 
     def apply(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with this technique's slots claimed."""

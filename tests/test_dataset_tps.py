@@ -95,6 +95,9 @@ def test_the_default_name_is_date_and_hash_and_is_found_again(bench):
         (["--model_type", "naive+spec_stream"], "both decide 'decoder'"),
         (["--model_type", "flash"], "need a CUDA device"),
         (["--model_type", "flash,all"], "stands alone"),
+        (["--model_type", "prompt_lookup", "--batch_size", "1,4"], "batch size 1 at most"),
+        (["--datasets", "jsonl"], "Give files with --data_dir"),
+        (["--datasets", "spider", "--data_dir", __file__], "is not a folder"),
         (["--model_name_or_path", "/no/such/folder"], "no such directory"),
         (["--model_name_or_path", "no-such-owner/no-such-model"], "HF_HUB_OFFLINE"),
         (["--data_dir", "/no/such/folder"], "--data_dir /no/such/folder"),
@@ -172,6 +175,40 @@ def test_what_cannot_run_here_is_skipped_in_a_list(bench):
         "prompt_lookup",
         "spec_stream",
     } <= names
+
+
+def test_batch_sizes_that_a_technique_cannot_run_are_skipped_in_a_list(bench):
+    words = ("--model_type", "naive,prompt_lookup", "--batch_size", "1,2")
+    assert bench.run(*words) == 0
+    row = bench.rows()["prompt_lookup", "synthetic", 2]
+    assert (row["status"], row["reason"]) == ("skipped", "prompt_lookup runs at batch size 1 at most")
+    assert bench.rows()["prompt_lookup", "synthetic", 1]["status"] == "ok"
+    assert {(r["model_type"], r["batch_size"]) for r in bench.records()} == {
+        ("naive", 1),
+        ("naive", 2),
+        ("prompt_lookup", 1),
+    }
+    before = snapshot(bench.folder / "results")
+    assert bench.run(*words) == 0
+    assert snapshot(bench.folder / "results") == before
+    assert bench.run("--model_type", "naive,prompt_lookup", "--batch_size", "2", "--run_name", "two") == 0
+    assert not bench.file("worker_prompt_lookup.log", "two").exists()
+
+
+def test_own_data_may_be_one_file(bench):
+    path = bench.folder / "own data.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "\\ud83d"}\n')
+    assert bench.run("--datasets", "jsonl", "--data_dir", str(path)) == 0
+    assert bench.rows()["naive", "jsonl", 1]["prompts"] == 2
+
+
+def test_a_damaged_summary_is_made_anew(bench):
+    assert bench.run() == 0
+    rows, records = bench.rows(), bench.file("records.jsonl").read_bytes()
+    bench.file("summary.json").write_text("{")
+    assert bench.run() == 0
+    assert bench.rows() == rows
+    assert bench.file("records.jsonl").read_bytes() == records
 
 
 def test_a_checkpoint_without_streams(bench):

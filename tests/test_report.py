@@ -150,8 +150,9 @@ def test_a_failed_cell_keeps_the_report_and_shows_its_reason(run_dir):
     assert "oom (needs 9 GiB)" in (run_dir / "report.html").read_text()
 
 
+@pytest.mark.parametrize("answers", [True, False], ids=["answers", "no answers"])
 @pytest.mark.parametrize("rows", [[], None], ids=["no cell", "all failed"])
-def test_nothing_measured_is_still_a_report(run_dir, rows):
+def test_nothing_measured_is_still_a_report(run_dir, rows, answers):
     def fail(summary):
         summary["acceptance_sweep"] = []
         if rows is None:
@@ -161,7 +162,8 @@ def test_nothing_measured_is_still_a_report(run_dir, rows):
             summary["rows"] = rows
 
     edit(run_dir / "summary.json", fail)
-    (run_dir / "records.jsonl").unlink()
+    if not answers:
+        (run_dir / "records.jsonl").unlink()
     assert call(run_dir) == 0
     assert "No cell of this run was measured" in (run_dir / "report.html").read_text()
 

@@ -99,30 +99,43 @@ def model_from_checkpoint(flags: TrainingFlags) -> Any:
         ValueError: for a missing directory or an architecture that cannot carry streams.
         CheckpointError: for files that cannot be read.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig
-
-    from huggingface.transformers.models.spec_stream import StreamConfig, load_streaming
+    from huggingface.transformers.models.spec_stream import StreamConfig, load_streaming, stream_config_from
+    from models.loading.checkpoint import main_weights, read_config
+    from models.loading.weights import STREAM_PREFIX, check_keys, quiet, readable
 
     assert flags.model_name_or_path is not None
     name = flags.model_name_or_path
     check_checkpoint(name)
     try:
-        config = AutoConfig.from_pretrained(name)
-        known = StreamConfig.of(config).as_dict() if hasattr(config, "stream_layers") else {}
-        own = {key: int(known[key] or 0) for key in STREAM_FIELDS} if known.get("streams") else {}
-        fields = wanted_fields(flags, own, config.num_hidden_layers)
-        keep = bool(own) and fields == own
-        return load_streaming(
-            name,
-            stream_fields=None if keep else fields,
-            attn_implementation=flags.attn_implementation,
-            dtype=load_dtype(),
-            use_safetensors=True,
-        )
-    except (OSError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{name} cannot be loaded ({first}); check or copy the files again.") from None
+        config = read_config(name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    known = StreamConfig.of(config).as_dict() if hasattr(config, "stream_layers") else {}
+    own = {key: int(known[key] or 0) for key in STREAM_FIELDS} if known.get("streams") else {}
+    fields = wanted_fields(flags, own, config.num_hidden_layers)
+    stream_config_from(config, **fields)  # says what is supported
+    keep = bool(own) and fields == own
+    main = main_weights(name, config)
+    try:
+        with quiet(), readable(name):  # upstream would report fresh streams as missing
+            # Its signature promises a model; with `output_loading_info` upstream's convention adds what was found.
+            loaded: Any = load_streaming(
+                name if keep else main,
+                stream_fields=None if keep else fields,
+                attn_implementation=flags.attn_implementation,
+                dtype=load_dtype(),
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=not keep or main == name,
+            )
+        model, found = loaded
+        wrong = found.get("mismatched_keys", ())
+        if not keep:  # streams of another shape were replaced by fresh ones
+            wrong = [item for item in wrong if not item[0].startswith(STREAM_PREFIX)]
+        check_keys({**found, "mismatched_keys": wrong}, name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return model
 
 
 def load_dtype() -> torch.dtype:

@@ -26,9 +26,10 @@ def read_config(checkpoint: str) -> PreTrainedConfig:
     refuse_code(values, checkpoint)
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - a configuration class may fail on odd values in any way
         raise ValueError(
-            f"{checkpoint} has model_type {values.get('model_type')!r}, which cannot be loaded: {_first_line(error)}"
+            f"{checkpoint} has model_type {values.get('model_type')!r}, which cannot be loaded: {_first_line(error)}; "
+            "restore its config.json, or use another checkpoint."
         ) from None
 
 

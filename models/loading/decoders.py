@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from huggingface.transformers.generation.tree_tuning import CONFIG_KEY
+from huggingface.transformers.generation.tree_tuning import CONFIG_KEY, batch_class, tune, tuned_nodes
 from models.answer import Limits
 from models.technique import Recipe
 
@@ -50,6 +50,7 @@ class Call:
         first: tokens each row gained in the first pass; upstream's prompt lookup drafts in it already.
         phases_s: seconds by phase, where asked for.
         draft_nodes: nodes of the draft tree, root included; `None` where our engine drafts nothing.
+        draft_source: who decided that number: `given`, `tuned`, `tuned at load` or `default`.
     """
 
     rows: list[list[int]]
@@ -60,10 +61,14 @@ class Call:
     first: int = 1
     phases_s: dict[str, float] | None = None
     draft_nodes: int | None = None
+    draft_source: str | None = None
 
 
 class Decoder(Protocol):
     """Runs one call."""
+
+    def prepare(self, batch: int) -> None:
+        """Does what must be done before the first call with so many prompts, and is no part of it."""
 
     def run(
         self, prompts: Prompts, limits: Limits, record_phases: bool, acceptance_ratio: float | None
@@ -115,6 +120,9 @@ class StockDecoder:
         self.recipe = recipe
         self.end_ids = end_ids
         self.pad_id = pad_id
+
+    def prepare(self, batch: int) -> None:
+        """Upstream's loop needs nothing."""
 
     def run(
         self, prompts: Prompts, limits: Limits, record_phases: bool, acceptance_ratio: float | None
@@ -197,10 +205,17 @@ class EngineDecoder:
         end_ids: ids that end a text.
         pad_id: fills rows that end early.
         draft_nodes: nodes of the draft tree where the recipe leaves them open.
+        tunes: measure which tree suits this device where the checkpoint does not know it.
     """
 
     def __init__(
-        self, model: Any, recipe: Recipe, end_ids: list[int], pad_id: int, draft_nodes: int | str = "auto"
+        self,
+        model: Any,
+        recipe: Recipe,
+        end_ids: list[int],
+        pad_id: int,
+        draft_nodes: int | str = "auto",
+        tunes: bool = True,
     ):
         tuned = getattr(model.generation_config, CONFIG_KEY, None)
         model.generation_config = GenerationConfig(**({CONFIG_KEY: tuned} if tuned else {}))
@@ -211,6 +226,26 @@ class EngineDecoder:
         self.pad_id = pad_id
         self.drafts = recipe.drafts or "none"
         self.draft_nodes = None if chosen == "auto" else int(chosen)
+        self._tunes = tunes
+        self._sources: dict[int, str] = {}
+
+    def prepare(self, batch: int) -> None:
+        """Decides the draft tree of this batch size; measures steps, for a few seconds, where nobody has before.
+
+        Not while the model loads: workers load side by side and would disturb each other's measurements.
+        """
+        size = batch_class(batch)
+        if self.drafts == "none" or size in self._sources:
+            return
+        if self.draft_nodes is not None:
+            self._sources[size] = "given"
+        elif tuned_nodes(self.model, batch):
+            self._sources[size] = "tuned"
+        elif self._tunes:
+            tune(self.model, batch=batch)
+            self._sources[size] = "tuned at load"
+        else:
+            self._sources[size] = "default"
 
     def run(
         self, prompts: Prompts, limits: Limits, record_phases: bool, acceptance_ratio: float | None
@@ -242,6 +277,7 @@ class EngineDecoder:
             kv_bytes=told.kv_bytes,
             phases_s=told.phases_s,
             draft_nodes=told.draft_nodes if self.drafts != "none" else None,
+            draft_source=self._sources.get(batch_class(len(prompts.ids))),
         )
 
     def plain(self, prompts: Prompts, limits: Limits) -> list[list[int]]:

@@ -51,6 +51,7 @@ class LoadedModel:
         end_ids: ids that end a text.
         fallbacks: what was built instead of what was asked for.
         draft_nodes: nodes of the draft tree where the recipe leaves them open.
+        tunes: before the first answer, measure which draft tree suits this device where the checkpoint does not know it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LoadedModel:
         end_ids: list[int],
         fallbacks: list[str],
         draft_nodes: int | str = "auto",
+        tunes: bool = True,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -71,11 +73,12 @@ class LoadedModel:
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.kv_bytes = 0
         self.draft_nodes: int | None = None
+        self.draft_source: str | None = None
         self.position_limit = int(model.config.max_position_embeddings)
         self._pad_id = tokenizer.pad_token_id or 0
         self._known: dict[tuple[Any, ...], list[int]] = {}
         self._decoder: Decoder = (
-            EngineDecoder(model, recipe, end_ids, self._pad_id, draft_nodes)
+            EngineDecoder(model, recipe, end_ids, self._pad_id, draft_nodes, tunes)
             if recipe.decoder == "engine"
             else StockDecoder(model, recipe, end_ids, self._pad_id)
         )
@@ -182,11 +185,12 @@ class LoadedModel:
     def _run(
         self, batch: Prompts, limits: Limits, record_phases: bool, acceptance_ratio: float | None
     ) -> Call:
+        self._decoder.prepare(len(batch.ids))
         if limits.samples:
             torch.manual_seed(limits.seed)
         call = self._decoder.run(batch, limits, record_phases, acceptance_ratio)
         self.kv_bytes = max(self.kv_bytes, call.kv_bytes)
-        self.draft_nodes = call.draft_nodes
+        self.draft_nodes, self.draft_source = call.draft_nodes, call.draft_source
         return call
 
     def _known_tokens(self, batch: Prompts, rows: Sequence[Row], limits: Limits) -> list[list[int]] | None:
@@ -249,7 +253,9 @@ def assemble(
     ends = end_tokens(checkpoint, config, tokenizer)
     if recipe.attention == "flash":
         notes = [*notes, flash_attention.describe(built.model.device)]
-    return LoadedModel(built.model, tokenizer, recipe, ends, [*notes, *built.fallbacks], draft_nodes)
+    fallbacks = [*notes, *built.fallbacks]
+    # Random streams are never right: there is nothing to tune for.
+    return LoadedModel(built.model, tokenizer, recipe, ends, fallbacks, draft_nodes, tunes=not random_weights)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -53,7 +54,7 @@ def build_model(
         ValueError: the weights are incomplete or unreadable, or the architecture lacks what the recipe needs.
     """
     make = _engine if recipe.decoder == "engine" else _stock
-    with _quiet(), _readable(checkpoint):
+    with quiet(), readable(checkpoint):
         built = make(recipe, checkpoint, config, device, random_weights)
     built.model.to(device=device).eval()
     return built
@@ -71,9 +72,15 @@ def _stock(
         return BuiltModel(_random(model_class, plain, device, **choice).to(dtype), fallbacks)
     place = main_weights(checkpoint, config)
     model, found = model_class.from_pretrained(
-        place, config=plain, dtype=dtype, use_safetensors=True, output_loading_info=True, **choice
+        place,
+        config=plain,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that check_keys can name them
+        **choice,
     )
-    _check_keys(found, place)
+    check_keys(found, place)
     return BuiltModel(model, fallbacks)
 
 
@@ -114,10 +121,16 @@ def _engine(
         return BuiltModel(_random_engine(config, device, attention).to(dtype))
     # Its signature promises a model; with `output_loading_info` upstream's convention adds what was found.
     loaded: Any = load_streaming(
-        checkpoint, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+        checkpoint,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        output_loading_info=True,
+        # So that check_keys can name them; of a base model's weights nothing is told, and the first one ends the loading.
+        ignore_mismatched_sizes=main_weights(checkpoint, config) == checkpoint,
     )
     model, found = loaded
-    _check_keys(found, checkpoint)
+    check_keys(found, checkpoint)
     return BuiltModel(model)
 
 
@@ -148,8 +161,24 @@ def _with_default_streams(config: PreTrainedConfig) -> PreTrainedConfig:
     return stream_config_from(config, stream_layers=layers)
 
 
-def _check_keys(found: dict[str, Any], place: str) -> None:
-    """Raises ValueError if main weights are missing or unknown; stream weights are checked where they are loaded."""
+def check_keys(found: dict[str, Any], place: str) -> None:
+    """Raises ValueError if weights have other shapes than the config's, or main weights are missing or unknown.
+
+    Missing and unknown stream weights are told where they are loaded.
+
+    Args:
+        found: what upstream's `from_pretrained` says with `output_loading_info` and `ignore_mismatched_sizes`.
+        place: where the weights are, for the message.
+    """
+    wrong = [
+        f"{key} {tuple(saved)} instead of {tuple(wanted)}"
+        for key, saved, wanted in sorted(found.get("mismatched_keys", ()))
+    ]
+    if wrong:
+        raise ValueError(
+            f"the weights in {place} do not fit its config.json: {'; '.join(wrong[:5])} ({len(wrong)} of other shapes in "
+            "all); restore config.json and the weights together."
+        )
     missing, unexpected = (
         sorted(key for key in found.get(kind, ()) if not key.startswith(STREAM_PREFIX))
         for kind in ("missing_keys", "unexpected_keys")
@@ -162,7 +191,7 @@ def _check_keys(found: dict[str, Any], place: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences upstream's loading report, which lists the stream weights that a stock class leaves unread, and its bars."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -176,7 +205,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _readable(checkpoint: str) -> Iterator[None]:
+def readable(checkpoint: str) -> Iterator[None]:
     """Turns what reading weights can raise into one line that says what to do."""
     try:
         yield
@@ -184,6 +213,17 @@ def _readable(checkpoint: str) -> Iterator[None]:
         raise ValueError(
             f"the weights in {checkpoint} are corrupt ({error}); download or save them again."
         ) from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"the base model of {checkpoint} holds weights of other shapes than config.json says; restore both together."
+        ) from None
+    except (LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"no model can be built from config.json of {checkpoint} ({told}); restore the file."
+        ) from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -17,7 +17,13 @@ def write_checkpoint(path, *, tensors=None, **config):
 
 
 def a_plan(
-    names=("naive", "static", "spec_stream"), prompts=2, repeats=1, batch_sizes=(1,), groups=None, twins=None
+    names=("naive", "static", "spec_stream"),
+    prompts=2,
+    repeats=1,
+    batch_sizes=(1,),
+    groups=None,
+    twins=None,
+    largest_batch=None,
 ):
     contenders = {}
     for name in names:
@@ -27,7 +33,7 @@ def a_plan(
             "drafts": "streams" if name == "spec_stream" else None,
             "dtype": "float32",
         }
-        contenders[name] = Contender(name, recipe, (twins or {}).get(name))
+        contenders[name] = Contender(name, recipe, (twins or {}).get(name), (largest_batch or {}).get(name))
     ids = {"e2e_nlg": tuple(f"p{index}" for index in range(prompts))}
     return RunPlan(groups or (tuple(names),), ids, batch_sizes, repeats, contenders)
 

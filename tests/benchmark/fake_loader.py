@@ -49,13 +49,13 @@ class Letters:
 
 class FakeModel:
     fallbacks = ()
-    draft_nodes = None
     weight_bytes = 1000
     kv_bytes = 10
 
     def __init__(self, recipe):
         self.recipe = recipe
         self.dtype = recipe["dtype"]
+        self.draft_nodes, self.draft_source = (3, "tuned") if recipe["drafts"] else (None, None)
         self.name = f"{recipe['decoder']}:{recipe['drafts'] or 'none'}"
         self.tokenizer = Letters()
 

@@ -128,3 +128,35 @@ def test_names_are_folders_or_hub_ids(tmp_path):
             locate(name, tmp_path)
     with pytest.raises(UsageError, match="is a file"):
         locate(str(folder / "config.json"), tmp_path)
+
+
+def test_a_damaged_generation_config_is_refused(tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(RunError, match="generation_config.json cannot be read"):
+        inspect(tmp_path)
+
+
+def test_streams_alone_are_looked_at_with_their_base(tmp_path):
+    base = write_checkpoint(tmp_path / "base")
+    streams = write_checkpoint(tmp_path / "streams", base_model_name_or_path="../base")
+    found = inspect(streams)
+    assert (found.parameters, found.weight_bytes) == (8, 32)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1] + b"\1")
+    assert inspect(streams).fingerprint != found.fingerprint
+    (base / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=r"base/model.safetensors is corrupt"):
+        inspect(streams)
+
+
+@pytest.mark.parametrize("base", ["/nowhere/base", "../base", "./base"])
+def test_streams_whose_base_is_gone_say_so(tmp_path, base):
+    write_checkpoint(tmp_path, base_model_name_or_path=base)
+    with pytest.raises(RunError, match="put the base model back"):
+        inspect(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["owner/name", "."])
+def test_a_base_on_the_hub_or_in_itself_ends(tmp_path, base):
+    write_checkpoint(tmp_path, base_model_name_or_path=base)
+    assert inspect(tmp_path).parameters in (4, 8)

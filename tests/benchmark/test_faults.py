@@ -55,6 +55,7 @@ def test_a_technique_that_does_not_load(bench):
     assert bench.rows()["spec_stream", "synthetic", 1]["status"] == "ok"
     assert bench.run("--model_type", "static", "--run_name", "alone") == 1
     assert "static cannot be loaded" in bench.err.splitlines()[-1]
+    assert bench.err.count("this technique cannot do that") == 1
 
 
 @pytest.mark.parametrize("tail", ['{"model_type": "na', "not json\n"])

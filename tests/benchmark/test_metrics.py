@@ -3,7 +3,9 @@
 import pytest
 
 from benchmark import metrics
-from tests.benchmark.builders import a_record
+from benchmark.plan import single_pass
+from benchmark.run import sweep_points
+from tests.benchmark.builders import a_plan, a_record
 
 STEPS = ({"nodes": 3, "accepted": 1}, {"nodes": 3, "accepted": 1})
 BATCH = [
@@ -65,3 +67,17 @@ def test_no_tokens_no_number():
     assert metrics.tokens_per_s(metrics.totals(empty).values()) is None
     assert metrics.ttft_s(empty) is None
     assert metrics.tpot_s(empty) is None
+
+
+def test_prompts_of_one_ratio_of_a_sweep_are_requests_of_their_own():
+    plan = a_plan(names=("naive", "spec_stream"), prompts=2)
+    turns = single_pass(plan, ["spec_stream"], (), 0.5)
+    records = [
+        a_record(
+            "spec_stream", f"p{turn.index}", [1] * 10, seconds, request=turn.request, acceptance_ratio=0.5
+        )
+        for turn, seconds in zip(turns, (1.0, 4.0), strict=True)
+    ]
+    assert len(metrics.totals(records)) == 2
+    (point,) = sweep_points(records)
+    assert (point["acceptance_ratio"], point["tokens_per_s"]) == (0.5, 20 / 5)

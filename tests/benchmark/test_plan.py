@@ -60,3 +60,10 @@ def test_groups_fit_the_memory_with_the_baseline_in_each():
     assert make_groups("a", ["b", "c"], sizes, 9) == (("a", "b"), ("a", "c"))
     assert make_groups("a", ["d", "b"], sizes, 9) == (("a", "d"), ("a", "b"))
     assert make_groups("a", [], sizes, 1) == (("a",),)
+
+
+def test_a_technique_without_batches_sits_out_the_larger_ones():
+    plan = a_plan(names=("naive", "prompt_lookup"), batch_sizes=(1, 2), largest_batch={"prompt_lookup": 1})
+    turns = list(schedule(plan, set()))
+    assert {turn.cell.batch_size for turn in turns if turn.cell.model_type == "prompt_lookup"} == {1}
+    assert {turn.cell.batch_size for turn in turns if turn.cell.model_type == "naive"} == {1, 2}

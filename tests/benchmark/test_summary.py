@@ -66,6 +66,18 @@ def test_the_hand_worked_run():
     json.dumps([row.as_json() for row in rows.values()], allow_nan=False)
 
 
+def test_the_draft_tree_and_who_chose_it():
+    """A worker that had to start anew may have tuned another size for its last answers."""
+    answers = [a_record("naive", f"p{index}", [1, 2, 3]) for index in range(3)]
+    for index, nodes in enumerate((4, 4, 5)):
+        tree = {"draft_nodes": nodes, "draft_source": "tuned at load"}
+        answers.append(a_record("spec_stream", f"p{index}", [1, 2, 3], **tree))
+    rows = rows_of(a_plan(names=("naive", "spec_stream"), prompts=3), answers)
+    spec, naive = rows["spec_stream", 0], rows["naive", 0]
+    assert (spec.draft_nodes, spec.draft_source) == (4, "tuned at load")
+    assert (naive.draft_nodes, naive.draft_source) == (None, None)
+
+
 def test_the_median_over_repeats():
     plan = a_plan(names=("naive",), prompts=1, repeats=3)
     records = [

@@ -34,6 +34,13 @@ def test_an_interval_that_holds_1_is_marked():
     assert "1.10x* [0.90, 1.30]" in stream.getvalue()
 
 
+def test_nodes_stand_with_their_source():
+    stream = io.StringIO()
+    tuned = SummaryRow("x", "e2e_nlg", 1, draft_nodes=10, draft_source="tuned at load").as_json()
+    print_table([tuned], "title", stream)
+    assert "10, tuned at load" in stream.getvalue()
+
+
 def test_no_color_is_honoured(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     stream = Terminal()

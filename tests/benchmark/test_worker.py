@@ -56,6 +56,7 @@ def test_a_request_is_timed_by_the_worker_s_clock_around_generate_alone():
     assert session.load(**LOAD)["load_s"] == 1.0
     answer = session.generate(["a prompt"], LIMITS)
     assert answer["wall_s"] == 1.0
+    assert (answer["draft_nodes"], answer["draft_source"]) == (3, "tuned")
     assert session.clock() == 5.0  # two looks to load, two to generate, this one
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from datasets_code import DataError, MissingDataError, get_dataset
+from datasets_code import MissingDataError, get_dataset
 
 
 def write(path, rows):
@@ -47,9 +47,9 @@ def test_missing_file_says_what_is_expected(tmp_path):
     with pytest.raises(MissingDataError, match=r"test\.jsonl not found; expected JSON lines with 'prompt'"):
         get_dataset("jsonl").load("test", tmp_path)
     with pytest.raises(
-        DataError,
+        MissingDataError,
         match="has no samples of its own. Give files with --data_dir. It takes a file of JSON lines",
     ):
         get_dataset("jsonl").load("test")
-    with pytest.raises(DataError, match="has no samples of its own"):
+    with pytest.raises(MissingDataError, match="has no samples of its own"):
         get_dataset("jsonl").load("test", source="samples")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPTNeoForCausalLM, LlamaForCausalLM
 
+from huggingface.transformers.generation import tree_tuning
 from huggingface.transformers.models.spec_stream import load_streaming
 from models import TECHNIQUES, Limits, Machine, Recipe, fold
 from models.loading import load
@@ -18,6 +19,8 @@ STOCK_CLASSES = {"gpt_neo": GPTNeoForCausalLM, "llama": LlamaForCausalLM}
 
 
 def loaded(name, checkpoint, **options):
+    # Tuned trees depend on the machine's speed, and tests must not.
+    options.setdefault("draft_nodes", 8)
     return load(fold(name, options.pop("flags", None), CPU), checkpoint, "cpu", **options)
 
 
@@ -276,6 +279,46 @@ def test_draft_nodes_of_the_run_and_of_the_recipe(stream_checkpoint):
     by_recipe = loaded("spec_stream", stream_checkpoint, flags={"draft_nodes": 2})
     by_recipe.generate([PROMPT], Limits(max_new_tokens=4))
     assert (by_run.draft_nodes, by_recipe.draft_nodes) == (3, 2)
+    assert (by_run.draft_source, by_recipe.draft_source) == ("given", "given")
+
+
+@pytest.fixture
+def tunings(monkeypatch):
+    """Batches that were tuned for; trees of four nodes cost least."""
+    batches = []
+
+    def measured(model, shapes, context, batch):
+        batches.append(batch)
+        return {nodes: 1.0 if nodes == 4 else 10.0 for nodes in shapes}
+
+    monkeypatch.setattr(tree_tuning, "measure_steps", measured)
+    return batches
+
+
+def test_tree_is_tuned_before_the_first_answer_of_a_batch_size(stream_checkpoint, tunings):
+    model = loaded("spec_stream", stream_checkpoint, draft_nodes="auto")
+    assert tunings == []  # workers load side by side, and would disturb each other
+    for prompts in (["a"], ["a"], ["a", "b", "c"], ["a", "b", "c", "d"]):
+        model.generate(prompts, Limits(max_new_tokens=4))
+        assert (model.draft_nodes, model.draft_source) == (4, "tuned at load")
+    assert tunings == [1, 4]
+
+
+def test_tuned_sizes_and_random_weights_cost_no_tuning(stream_checkpoint, tunings, tmp_path):
+    directory = shutil.copytree(stream_checkpoint, tmp_path / "tuned")
+    file = directory / "generation_config.json"
+    nodes = {f"cpu, {torch.get_num_threads()} threads, float32": 2}
+    values = json.loads(file.read_text()) | {"spec_stream": {"draft_nodes": nodes}}
+    values.pop("_from_model_config", None)
+    file.write_text(json.dumps(values))
+    limits = Limits(max_new_tokens=4, ignore_eos=True)
+    for options, expected in (({}, (2, "tuned")), ({"random_weights": True}, (8, "default"))):
+        model = loaded("spec_stream", directory, draft_nodes="auto", **options)
+        model.generate([PROMPT], limits)
+        assert (model.draft_nodes, model.draft_source) == expected
+    plain = loaded("static", directory)
+    plain.generate([PROMPT], limits)
+    assert (plain.draft_nodes, plain.draft_source, tunings) == (None, None, [])
 
 
 @pytest.mark.parametrize("name", ["naive", "spec_stream"])
@@ -417,3 +460,32 @@ def test_missing_directory_is_one_clear_line():
     with pytest.raises(ValueError, match=r"^no usable config.json in ./nowhere") as caught:
         loaded("naive", "./nowhere")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["naive", "static"])
+def test_weights_of_other_shapes_are_listed(name, stock_checkpoint, tmp_path):
+    place = edited(stock_checkpoint, tmp_path, intermediate_size=48)
+    with pytest.raises(ValueError, match=r"\(.*64.*\) instead of \(.*48.*\).* of other shapes in all"):
+        loaded(name, place)
+
+
+def test_streams_of_other_shapes_are_listed(stream_checkpoint, tmp_path):
+    place = edited(stream_checkpoint, tmp_path, transition_rank=3)
+    with pytest.raises(ValueError, match=r"streams.transition_in.weight \(4, 32\) instead of \(3, 32\)"):
+        loaded("spec_stream", place)
+
+
+def test_a_base_of_other_shapes_is_one_line(stock_checkpoint, stream_checkpoint, tmp_path):
+    base = edited(stock_checkpoint, tmp_path)
+    place = edited(
+        stream_checkpoint, tmp_path / "streams", base_model_name_or_path=str(base), intermediate_size=48
+    )
+    with pytest.raises(ValueError, match="restore both together|shapes"):
+        loaded("spec_stream", place)
+
+
+def test_a_config_that_contradicts_itself_is_one_line(tmp_path, stock_checkpoint):
+    layers = {"num_layers": 6} if "gpt_neo" in str(stock_checkpoint) else {"num_attention_heads": 0}
+    place = edited(stock_checkpoint, tmp_path, **layers)
+    with pytest.raises(ValueError, match="config.json|cannot be loaded"):
+        loaded("static", place)

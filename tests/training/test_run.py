@@ -230,12 +230,23 @@ def test_stream_weights_must_fit_the_streams(scratch):
         run(scratch(stream_loss_weight=(0.5, 0.5, 0.5)))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no tokenizer", "unsupported", "no config"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "no tokenizer", "other shapes", "missing weights", "code", "unsupported", "no config"],
+)
 def test_a_bad_base_is_one_line(tmp_path, own_file, stock_llama, damage, capsys):
     if damage == "truncated":
         os.truncate(stock_llama / "model.safetensors", 500)
     elif damage == "no tokenizer":
         (stock_llama / "tokenizer.json").unlink()
+    elif damage in ("other shapes", "missing weights", "code"):
+        changes = {
+            "other shapes": {"intermediate_size": 24},
+            "missing weights": {"num_hidden_layers": 6},
+            "code": {"auto_map": {"AutoConfig": "evil.Config"}},
+        }
+        config = json.loads((stock_llama / "config.json").read_text())
+        (stock_llama / "config.json").write_text(json.dumps(config | changes[damage]))
     elif damage == "unsupported":
         (stock_llama / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     else:
@@ -245,7 +256,8 @@ def test_a_bad_base_is_one_line(tmp_path, own_file, stock_llama, damage, capsys)
         [*words, "--train_file", str(own_file), "--model_name_or_path", str(stock_llama)]
     )
     error = capsys.readouterr().err
-    assert code == (1 if damage in ("truncated", "no tokenizer") else 2), error
+    assert code == (2 if damage in ("unsupported", "no config") else 1), error
+    assert "Traceback" not in error
     assert "error: " in error
     assert str(stock_llama) in error or "gpt2" in error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import time
+import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -177,10 +178,14 @@ class _Run:
         )
         self.options = options
         streams = options.drafts == "streams" and model.streams is not None
-        self.plan = (options.plan or plan_for(model, options.draft_nodes)) if streams else DraftPlan.plain()
+        self.plan = DraftPlan.plain()
+        if streams:
+            self.plan = options.plan or plan_for(model, options.draft_nodes, len(input_ids))
         self.source: DraftSource = StreamSource()
         if options.acceptance_ratio is not None:
-            generator = random.Random(0)  # noqa: S311 - draws of an experiment, not a secret
+            # Each prompt has draws of its own, the same in every run.
+            seed = zlib.crc32(str(input_ids.tolist()).encode())
+            generator = random.Random(seed)  # noqa: S311 - draws of an experiment, not a secret
             counts = self.sequences.counts
             self.source = OracleSource(
                 self.source, options.known_tokens, options.acceptance_ratio, generator, counts

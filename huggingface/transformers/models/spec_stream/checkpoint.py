@@ -33,8 +33,8 @@ class StreamCheckpointMixin:
         wanted_info = kwargs.pop("output_loading_info", False)
         base = getattr(config, "base_model_name_or_path", None)
         if base is not None and not init_streams:
-            model = cls._from_base(pretrained_model_name_or_path, base, *args, **kwargs)
-            return (model, {}) if wanted_info else model
+            model, info = cls._from_base(pretrained_model_name_or_path, base, *args, **kwargs)
+            return (model, info) if wanted_info else model
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -44,14 +44,16 @@ class StreamCheckpointMixin:
 
     @classmethod
     def _from_base(cls, directory, base: str, *args: Any, **kwargs: Any):
-        """Returns the base model's main weights with the streams of `directory`."""
+        """Returns the base model's main weights with the streams of `directory`, and upstream's report on the base."""
         base_path = _beside(directory, base)
         config = kwargs["config"]
-        _check_same_base(config, AutoConfig.from_pretrained(base_path), directory, base_path)
-        model, _ = super().from_pretrained(base_path, *args, output_loading_info=True, **kwargs)
+        families = {cls.stock_config_class.model_type, cls.config_class.model_type}
+        _check_same_base(config, AutoConfig.from_pretrained(base_path), families, directory, base_path)
+        model, info = super().from_pretrained(base_path, *args, output_loading_info=True, **kwargs)
+        _check_main_keys(base_path, info)
         _load_streams(model, Path(directory))
         model.generation_config = GenerationConfig.from_pretrained(directory)
-        return model
+        return model, info
 
     def save_pretrained(self, save_directory, *args: Any, state_dict: dict | None = None, **kwargs: Any):
         """Saves the model, or its streams alone where the configuration names a base model."""
@@ -66,7 +68,12 @@ def _beside(directory: str | os.PathLike, base: str) -> str:
     return str(candidate.resolve()) if candidate.is_dir() else base
 
 
-def _check_same_base(config, base_config, directory, base_path: str) -> None:
+def _check_same_base(config, base_config, families: set[str], directory, base_path: str) -> None:
+    if base_config.model_type not in families:
+        raise ValueError(
+            f"the streams in {directory} belong to a {config.model_type} model, but the base model {base_path} is a "
+            f"{base_config.model_type}; point base_model_name_or_path in config.json at the right base model."
+        )
     for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
         ours, theirs = getattr(config, field), getattr(base_config, field)
         if ours != theirs:
@@ -74,6 +81,19 @@ def _check_same_base(config, base_config, directory, base_path: str) -> None:
                 f"the streams in {directory} were trained for a model with {field} {ours}, but the base model {base_path} "
                 f"has {theirs}; point base_model_name_or_path in config.json at the right base model."
             )
+
+
+def _check_main_keys(base_path: str, info: dict[str, Any]) -> None:
+    """Raises ValueError if the base model lacks main weights: upstream would have drawn them at random."""
+    missing, unexpected = (
+        sorted(key for key in info[kind] if not key.startswith(STREAM_PREFIX))
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    if missing or unexpected:
+        raise ValueError(
+            f"the base model {base_path} does not hold the main weights that the streams were trained for: missing "
+            f"{missing[:5]}, unexpected {unexpected[:5]}; point base_model_name_or_path in config.json at the right one."
+        )
 
 
 def _check_stream_keys(directory, info: dict[str, Any]) -> None:

@@ -224,3 +224,27 @@ def test_infinite_logits_are_reported(make_model):
             model.generate(PROMPT, **_options())
     finally:
         weight.data.copy_(saved)
+
+
+def test_prompts_of_a_sweep_have_draws_of_their_own(make_model, make_stock):
+    """At ratio 0.5 the accepted numbers differ from prompt to prompt, and repeat from run to run."""
+    model = make_model("llama")
+    stock = make_stock(model)
+
+    def accepted(prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        options = {**_options(eos_token_id=99), "attention_mask": torch.ones_like(ids), "max_new_tokens": 30}
+        known = stock.generate(ids, **options)[0, len(prompt) :].tolist()
+        out = model.generate(
+            ids,
+            plan=PLAN,
+            acceptance_ratio=0.5,
+            known_tokens=[known],
+            return_dict_in_generate=True,
+            **options,
+        )
+        return [step.accepted[0] for step in out.statistics.steps]
+
+    runs = [accepted([3, 1, 4, token]) for token in range(1, 7)]
+    assert len({tuple(run) for run in runs}) > 1
+    assert accepted([3, 1, 4, 1]) == runs[0]

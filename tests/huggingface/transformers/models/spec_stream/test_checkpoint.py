@@ -131,6 +131,28 @@ def test_adapter_of_another_base(adapter):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
+def test_adapter_whose_base_is_incomplete(adapter):
+    """M04: main weights that the base lacks are named, not drawn at random."""
+    _, directory = adapter
+    path = directory.parent / "base" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if name.endswith("k_proj.weight")))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="base model .* missing .*k_proj.weight"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_adapter_of_another_family(adapter, architecture, make_model, make_stock, tmp_path):
+    """M05: the base is of another architecture, though every size agrees."""
+    _, directory = adapter
+    other = "llama" if architecture == "gpt_neo" else "gpt_neo"
+    make_stock(make_model(other, dtype=torch.float32)).save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=f"spec_stream_{architecture} model, but the base model .* is a {other}"
+    ):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
 def test_settings_survive_in_generation_config(whole, adapter):
     for _, directory in (whole, adapter):
         _check_settings_survive(directory)
