@@ -111,7 +111,9 @@ def decode_step(
         acceptance = verify(chosen, tree, survivors.mask if survivors is not None else None)
     with timer.time("commit"):
         above = acceptance.path if survivors is None else survivors.places.gather(1, acceptance.path)
-        cache.commit(acceptance.path, above, state.lengths)
+        # The one sequence's accepted rows of a chain lie where they belong.
+        if not (tree.shape.is_chain and len(tree.tokens) == 1 and survivors is None):
+            cache.commit(acceptance.path, above, state.lengths)
         _advance(state, acceptance, streams, above)
     packed = torch.cat([acceptance.counts[:, None], acceptance.tokens], dim=1)
     return StepOutput(packed, above, scores, logits, tree, nodes.shape[1] * (1 + tree.shape.streams))

@@ -48,7 +48,8 @@ class StreamSource:
             scores = logits[:, depth, None]
             if biased:
                 scores = scores + model.transition_bias(tokens[:, level.parents])
-            best = scores.topk(level.width).indices.expand(-1, len(level.parents), -1)
+            best = scores.argmax(-1, keepdim=True) if level.width == 1 else scores.topk(level.width).indices
+            best = best.expand(-1, len(level.parents), -1)
             tokens[:, level.nodes] = best[:, level.slots, level.ranks]
         return DraftTree(shape, tokens)
 

@@ -70,6 +70,11 @@ class TreeShape:
         """Largest distance from the root."""
         return max(self.depths)
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has more than one child, so that an accepted path is the first rows of a step."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
     @cached_property
     def ranks(self) -> tuple[int, ...]:
         """Place of each node among its siblings, 0 for the most likely; the root has 0."""
@@ -128,6 +133,7 @@ class ShapeTables:
         parents: (nodes,) int64; the root is its own parent.
         depths: (nodes,) int64.
         ancestors: (nodes, nodes) bool; row: which nodes lie on the way from the root to this node, itself included.
+        on_path: (nodes, nodes) float32, `ancestors` transposed: a row of node flags times this counts flags on each path.
         paths: (nodes, depth + 1) int64 nodes from the root to each node, the last one repeated.
         row_depths: (rows,) int64 position of each row past the root's, nodes then streams.
         block: (1, 1, rows, rows) bool, what the rows of a step see of each other.
@@ -137,6 +143,7 @@ class ShapeTables:
     parents: torch.Tensor
     depths: torch.Tensor
     ancestors: torch.Tensor
+    on_path: torch.Tensor
     paths: torch.Tensor
     row_depths: torch.Tensor
     block: torch.Tensor
@@ -186,6 +193,7 @@ def _tables(shape: TreeShape, device: torch.device) -> ShapeTables:
         parents=ids([max(parent, 0) for parent in shape.parents]),
         depths=ids(shape.depths),
         ancestors=ancestors,
+        on_path=ancestors.T.float().contiguous(),
         paths=ids(padded).view(shape.nodes, shape.depth + 1),
         row_depths=ids([*shape.depths, *streams]),
         block=stream_block(ancestors[None], shape.streams),

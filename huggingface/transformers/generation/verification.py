@@ -126,7 +126,7 @@ def verify(chosen: torch.Tensor, tree: DraftTree, kept: torch.Tensor | None = No
     agrees[:, 0] = True
     if kept is not None:
         agrees &= kept
-    rejected = (~agrees).float() @ tables.ancestors.T.float()
+    rejected = (~agrees).float() @ tables.on_path
     reach = torch.where(rejected == 0, tables.depths + 1, 0)
     last = reach.argmax(dim=1)
     path = tables.paths[last]

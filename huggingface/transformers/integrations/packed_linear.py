@@ -9,6 +9,8 @@ The packed weight is a copy: packing costs the memory of the packed layers once 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,25 +33,72 @@ def is_available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+class _Packed:
+    """Packed copies of the weights of some layers, side by side, and what they were made from."""
+
+    def __init__(self, layers: tuple[nn.Linear, ...]):
+        self.sources = [(layer.weight, layer.weight._version) for layer in layers]
+        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.bias = layers[0].bias
+        self.widths = [layer.out_features for layer in layers]
+
+    def holds(self, layers: tuple[nn.Linear, ...]) -> bool:
+        """Returns whether no weight was replaced or written to since."""
+        return all(
+            layer._parameters["weight"] is weight and weight._version == version
+            for layer, (weight, version) in zip(layers, self.sources, strict=True)
+        )
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+
+
 class PackedLinear(nn.Linear):
     """A linear layer that also keeps its weight packed; the packed copy is made anew when the weight has changed."""
 
-    _packed: torch.Tensor | None = None
-    _packed_from: tuple[int, int] | None = None
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, out) from (batch, rows, in); plain where gradients are on or the weight is not float32."""
-        weight = self.weight
+        weight: Any = self._parameters["weight"]
         rows = input.shape[-2] if input.dim() > 1 else 1
-        if (rows == 1 and weight.numel() < LARGE_WEIGHT) or torch.is_grad_enabled():
+        if (rows == 1 and weight.numel() < LARGE_WEIGHT) or not _packable(weight, input):
             return F.linear(input, weight, self.bias)
-        if weight.dtype != torch.float32 or weight.device.type != "cpu" or input.dtype != torch.float32:
-            return F.linear(input, weight, self.bias)
-        source = (weight.data_ptr(), weight._version)
-        if self._packed_from != source:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-            self._packed_from = source
-        return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
+        return _packed(self, "_own", (self,)).multiply(input)
+
+
+def _packable(weight: torch.Tensor, rows: torch.Tensor) -> bool:
+    return (
+        weight.dtype == rows.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and not torch.is_grad_enabled()
+    )
+
+
+def _packed(owner: nn.Linear, name: str, layers: tuple[nn.Linear, ...]) -> _Packed:
+    kept = owner.__dict__.get(name)
+    if kept is None or not kept.holds(layers):
+        kept = owner.__dict__[name] = _Packed(layers)
+    return kept
+
+
+def project_together(layers: tuple[nn.Linear, ...], rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns what each layer makes of the same rows; one product for all where they are packed.
+
+    Args:
+        layers: linear layers without bias, of equal input size.
+        rows: (batch, rows, in).
+    """
+    first = layers[0]
+    together = (
+        rows.shape[-2] > 1
+        and all(type(layer) is PackedLinear and layer.bias is None for layer in layers)
+        and not any(layer._forward_hooks for layer in layers)
+        and _packable(first.weight, rows)
+    )
+    if not together:
+        return tuple(layer(rows) for layer in layers)
+    packed = _packed(first, "_together", layers)
+    return packed.multiply(rows).split(packed.widths, dim=-1)
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -26,6 +26,7 @@ from transformers.models.gpt_neo import modeling_gpt_neo as upstream
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
 from ...integrations import flash_attention
+from ...integrations.packed_linear import project_together
 from ...masking_utils import attention_mask_from, visible_between
 
 
@@ -89,9 +90,8 @@ class SpecGPTNeoSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns (batch, rows, hidden) and the attention weights where the function gives them."""
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        projections = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        query, key, value = (projected.view(shape).transpose(1, 2) for projected in projections)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_id)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
@@ -32,8 +33,8 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
     """
 
     stream_linears: tuple[str, ...] = ()
-    _table: torch.Tensor | None = None
-    _table_source: tuple[int, ...] | None = None
+    _tables: tuple[torch.Tensor, torch.Tensor] | None = None
+    _tables_source: tuple[int, ...] | None = None
 
     def __init__(self, config: Any):
         # The stock class that follows this mixin takes the configuration.
@@ -212,18 +213,20 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
 
     def transition_bias(self, parent_tokens: torch.Tensor) -> torch.Tensor:
         """Returns (..., vocab) logits that every token gains from (...) int64 tokens before it: `A E[parent] . B H[token]`."""
-        keys = self.streams.transition_in(self.get_input_embeddings()(parent_tokens))
-        return torch.nn.functional.linear(keys, self._transition_table())
+        parents, tokens = self._transition_tables()
+        return F.linear(F.embedding(parent_tokens, parents), tokens)
 
-    def _transition_table(self) -> torch.Tensor:
-        """Returns `B H`, (vocab, rank); kept between calls while neither factor changes and no gradient is wanted."""
-        head, factor = self.get_output_embeddings().weight, self.streams.transition_out.weight
+    def _transition_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns `A E` and `B H`, each (vocab, rank); kept between calls while no factor changes and no gradient is wanted."""
+        embedding, head = self.get_input_embeddings().weight, self.get_output_embeddings().weight
+        factors = (self.streams.transition_in, self.streams.transition_out)
         if torch.is_grad_enabled():
-            return self.streams.transition_out(head)
-        source = (head.data_ptr(), head._version, factor.data_ptr(), factor._version)
-        if self._table is None or self._table_source != source:
-            self._table, self._table_source = self.streams.transition_out(head), source
-        return self._table
+            return factors[0](embedding), factors[1](head)
+        weights = (embedding, head, factors[0].weight, factors[1].weight)
+        source = tuple(key for weight in weights for key in (weight.data_ptr(), weight._version))
+        if self._tables is None or self._tables_source != source:
+            self._tables, self._tables_source = (factors[0](embedding), factors[1](head)), source
+        return self._tables
 
     def early_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, vocab) next-token probabilities read below the stream layers, for pruning draft nodes."""

@@ -11,6 +11,7 @@ from huggingface.transformers.integrations.packed_linear import (
     PackedLinear,
     pack_linears,
     packed_linear_reference,
+    project_together,
 )
 
 pytestmark = pytest.mark.skipif(not packed_linear.is_available(), reason="this torch has no oneDNN")
@@ -60,3 +61,28 @@ def test_other_dtypes_and_large_models_stay_plain(monkeypatch):
     assert pack_linears(nn.Linear(8, 8).to(torch.bfloat16)) == 0
     monkeypatch.setattr(packed_linear, "PACK_LIMIT", 8)
     assert pack_linears(nn.Linear(8, 8)) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_layers_together_equal_layers_apart(rows):
+    layers = tuple(nn.Linear(24, width, bias=False) for width in (16, 8, 40))
+    x = torch.randn(2, rows, 24)
+    with torch.no_grad():
+        want = [packed_linear_reference(x, layer.weight, None) for layer in layers]
+        pack_linears(nn.ModuleList(layers))
+        for got in (project_together(layers, x), project_together(layers, x)):
+            for ours, theirs in zip(got, want, strict=True):
+                torch.testing.assert_close(ours, theirs)
+        layers[1].weight.mul_(2.0)
+        torch.testing.assert_close(project_together(layers, x)[1], 2 * want[1])
+
+
+def test_hooks_are_not_skipped():
+    """Gated LoRA is a hook on these layers."""
+    layers = tuple(nn.Linear(8, 8, bias=False) for _ in range(2))
+    pack_linears(nn.ModuleList(layers))
+    layers[1].register_forward_hook(lambda module, args, output: output + 1.0)
+    x = torch.randn(1, 4, 8)
+    with torch.no_grad():
+        got = project_together(layers, x)
+        torch.testing.assert_close(got[1], packed_linear_reference(x, layers[1].weight, None) + 1.0)
