@@ -81,6 +81,8 @@ def workload_label(run: SavedRun) -> str:
     sources = config.get("data_source")
     if sources:
         parts.append(f"data: {_sources(sources)}")
+    if measured := run.environment.get("created_utc"):
+        parts.append(f"measured {str(measured)[:10]}")
     return ", ".join(parts)
 
 

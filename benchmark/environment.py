@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ PACKAGES = (
     "bitsandbytes", "torchao", "rouge-score", "sacrebleu", "matplotlib", "tqdm", "rich",
 )  # fmt: skip
 VARIABLES = (
-    "CUDA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH", "OMP_", "MKL_", "KMP_", "GOMP_", "NVIDIA_",
+    "CUDA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH", "OMP_", "MKL_", "KMP_", "GOMP_", "NVIDIA_VISIBLE_DEVICES",
     "CUBLAS_", "TRITON_",
 )  # fmt: skip
 
@@ -29,7 +30,10 @@ def collect(machine: Mapping[str, Any], root: Path) -> dict[str, Any]:
         machine: what a worker said of its device.
         root: the project's folder, for its commit.
     """
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     return {
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "device_name": machine.get("device_name"),
         "machine": dict(machine),
         "driver": _driver() if machine.get("cuda") else None,
@@ -39,8 +43,8 @@ def collect(machine: Mapping[str, Any], root: Path) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "uncommitted_changes": changes if commit else None,
         "variables": variables(os.environ),
     }
 

@@ -78,23 +78,26 @@ class OracleSource:
     def propose(
         self, model, root: torch.Tensor, stream_hidden: torch.Tensor | None, shape: TreeShape
     ) -> DraftTree:
+        # Copied before the source works: a copy after it would wait for the device, which drafting does not.
+        replaced = torch.tensor(self._tokens(shape, model.config.vocab_size), device=root.device)
         tree = self.source.propose(model, root, stream_hidden, shape)
         if tree.shape.nodes == 1:
             return tree
-        vocab = model.config.vocab_size
-        spine = set(_first_children(tree.shape))
+        replaced[:, 0] = root
+        return DraftTree(tree.shape, replaced)
+
+    def _tokens(self, shape: TreeShape, vocab: int) -> list[list[int]]:
+        spine = set(_first_children(shape))
         rows = []
         for sequence, count in zip(self.known, self.emitted, strict=True):
             # Past the end of the known tokens the loop emits nothing any more; any token does.
-            right = [sequence[min(count + depth - 1, len(sequence) - 1)] for depth in tree.shape.depths]
-            hit = [self.generator.random() < self.ratio for _ in range(tree.shape.depth + 1)]
-            offers = [node in spine and hit[depth] for node, depth in enumerate(tree.shape.depths)]
+            right = [sequence[min(count + depth - 1, len(sequence) - 1)] for depth in shape.depths]
+            hit = [self.generator.random() < self.ratio for _ in range(shape.depth + 1)]
+            offers = [node in spine and hit[depth] for node, depth in enumerate(shape.depths)]
             rows.append(
                 [token if offer else (token + 1) % vocab for token, offer in zip(right, offers, strict=True)]
             )
-        tokens = torch.tensor(rows, device=root.device)
-        tokens[:, 0] = root
-        return DraftTree(tree.shape, tokens)
+        return rows
 
 
 def _first_children(shape: TreeShape) -> list[int]:
