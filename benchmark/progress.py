@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from types import TracebackType
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm  # type: ignore[import-untyped]  # ships no type information
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 from benchmark import metrics

@@ -236,9 +236,10 @@ def _shared(*sides: Repeats) -> list[str]:
 
 
 def _tables(side: Repeats, requests: Sequence[str], tokens: str, seconds: str) -> tuple[Any, Any]:
-    return tuple(
-        [[getattr(repeat[name], part) for name in requests] for repeat in side] for part in (tokens, seconds)
-    )  # type: ignore[return-value]
+    def table(part: str) -> list[list[Any]]:
+        return [[getattr(repeat[name], part) for name in requests] for repeat in side]
+
+    return table(tokens), table(seconds)
 
 
 def _ratio_interval(own: Repeats, base: Repeats, tokens: str, seconds: str, seed: int) -> Interval | None:
