@@ -40,6 +40,9 @@ def records_of(turn: Turn, answer: Mapping[str, Any]) -> Iterator[Record]:
             kv_bytes=answer.get("kv_bytes"),
             draft_nodes=answer.get("draft_nodes"),
             draft_source=answer.get("draft_source"),
+            runner=answer.get("runner"),
+            capture_s=answer.get("capture_s"),
+            capture_bytes=answer.get("capture_bytes"),
             wall_s=answer.get("wall_s"),
         )
 

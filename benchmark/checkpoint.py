@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class Checkpoint:
         config: its `config.json`.
         parameters: stored numbers, those of the base model of streams included; 0 with random weights.
         weight_bytes: their bytes on disk.
-        fingerprint: changes when the config or the weights do.
+        fingerprint: changes when the config or the weights do, the assistant's included.
+        assistant: the small model that drafts for it in this run; None for nobody.
     """
 
     path: Path
@@ -43,10 +44,21 @@ class Checkpoint:
     parameters: int
     weight_bytes: int
     fingerprint: str
+    assistant: "Checkpoint | None" = None
+
+    def with_assistant(self, assistant: "Checkpoint") -> "Checkpoint":
+        """Returns the checkpoint with its assistant."""
+        both = f"{self.fingerprint}-{assistant.fingerprint}"
+        return replace(self, fingerprint=both, assistant=assistant)
 
 
-def locate(name: str, root: Path) -> Path | None:
-    """Returns the directory that `--model_name_or_path` names, None where the name can only be a hub id.
+def locate(name: str, root: Path, flag: str = "--model_name_or_path") -> Path | None:
+    """Returns the directory that a flag names, None where the name can only be a hub id.
+
+    Args:
+        name: what the flag got.
+        root: the project's folder, beside the current one.
+        flag: for messages.
 
     Raises:
         UsageError: it is a path, and there is nothing.
@@ -55,13 +67,13 @@ def locate(name: str, root: Path) -> Path | None:
         if path.is_dir():
             return path
         if path.exists():
-            raise UsageError(f"--model_name_or_path {name} is a file, expected a checkpoint directory.")
+            raise UsageError(f"{flag} {name} is a file, expected a checkpoint directory.")
     is_path = name.startswith((".", "~", "/")) or any(
         (base / name).parent.is_dir() for base in (Path(), root) if "/" in name
     )
     if is_path or not HUB_ID.fullmatch(name):
         raise UsageError(
-            f"--model_name_or_path {name}: no such directory; give a checkpoint directory or a hub id (owner/name)."
+            f"{flag} {name}: no such directory; give a checkpoint directory or a hub id (owner/name)."
         )
     return None
 

@@ -15,7 +15,7 @@ from benchmark.redaction import HIDDEN, is_secret, redact
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "triton", "flash_attn",
-    "bitsandbytes", "torchao", "rouge-score", "sacrebleu", "matplotlib", "tqdm", "rich",
+    "bitsandbytes", "torchao", "scikit-learn", "rouge-score", "sacrebleu", "matplotlib", "tqdm", "rich",
 )  # fmt: skip
 VARIABLES = (
     "CUDA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH", "OMP_", "MKL_", "KMP_", "GOMP_", "NVIDIA_VISIBLE_DEVICES",

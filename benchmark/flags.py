@@ -115,7 +115,8 @@ def _read(item: "Field[Any]", text: Any) -> Any:
 
 
 def _shape(item: "Field[Any]") -> str:
-    return str(item.metadata.get("shape") or ("N" if isinstance(item.default, int) else "TEXT"))
+    automatic = {int: "N", float: "X"}.get(type(item.default), "TEXT")
+    return str(item.metadata.get("shape") or automatic)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -8,8 +8,12 @@ from datasets_code.hub import PROBE_S, within
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
 
-def fetch(repo: str) -> Path:
+def fetch(repo: str, flag: str = "--model_name_or_path") -> Path:
     """Returns the local directory of a hub checkpoint; pickled weights and code are never fetched.
+
+    Args:
+        repo: its id.
+        flag: who asks, for messages.
 
     Raises:
         UsageError: there is no such folder here, and the hub has it not, or is out of reach while the cache lacks it.
@@ -24,7 +28,7 @@ def fetch(repo: str) -> Path:
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "?")
         raise UsageError(
-            f"--model_name_or_path {repo}: no such directory here, and the hub answers {status}; "
+            f"{flag} {repo}: no such directory here, and the hub answers {status}; "
             "check the name, or set HF_TOKEN if the model is gated."
         ) from None
     except Exception as error:  # noqa: BLE001 - DNS, proxy, TLS, time: each means that the hub is out of reach
@@ -34,6 +38,6 @@ def fetch(repo: str) -> Path:
     except Exception as error:  # noqa: BLE001 - the client's own family of errors is as wide
         why = offline or f"the download failed ({type(error).__name__})"
     raise UsageError(
-        f"--model_name_or_path {repo}: no such directory, and as a hub id it is not in the local cache while {why}; "
+        f"{flag} {repo}: no such directory, and as a hub id it is not in the local cache while {why}; "
         "give a checkpoint directory, or run once online (HF_HUB_OFFLINE=0)."
     )

@@ -9,12 +9,13 @@ from typing import Any
 
 from benchmark import checkpoint as checkpoints
 from benchmark.answers import Examples
+from benchmark.assistant import open_assistant
 from benchmark.checkpoint import Checkpoint
 from benchmark.config import RunConfig
 from benchmark.errors import RunError, UsageError
 from benchmark.hub_checkpoint import fetch
 from benchmark.plan import Contender, RunPlan, make_groups
-from benchmark.selection import Selection, estimates
+from benchmark.selection import Selection, estimates, needs_assistant
 from datasets_code import DATASETS, DataError, Dataset, LoadedSet, MissingDataError, get_dataset
 
 logger = logging.getLogger(__name__)
@@ -82,14 +83,15 @@ def check_data_flags(config: RunConfig) -> None:
 
 
 def open_checkpoint(config: RunConfig) -> Checkpoint:
-    """Returns the checkpoint of a run after its checks.
+    """Returns the checkpoint of a run, and its assistant where a technique drafts with one, after their checks.
 
     Raises:
-        UsageError: there is none of this name.
-        RunError: it is unsafe, incomplete or corrupt.
+        UsageError: there is none of this name, or the assistant has another vocabulary.
+        RunError: one is unsafe, incomplete or corrupt.
     """
     path = checkpoints.locate(config.model_name_or_path, ROOT) or fetch(config.model_name_or_path)
-    return checkpoints.inspect(path, config.random_weights)
+    model = checkpoints.inspect(path, config.random_weights)
+    return model.with_assistant(open_assistant(config, model, ROOT)) if needs_assistant(config) else model
 
 
 def load_data(config: RunConfig) -> Data:
@@ -146,8 +148,12 @@ def first_plan(
     """
     names = list(selection.contenders)
     on_device = machine["device"] != "cpu"
-    parameters = checkpoint.parameters or parameters_of(checkpoint.config)
-    memory = estimates(selection.contenders, parameters, on_device)
+    memory = estimates(
+        selection.contenders,
+        parameters_of(checkpoint),
+        on_device,
+        parameters_of(checkpoint.assistant) if checkpoint.assistant else 0,
+    )
     budget = int(machine["free_bytes"] * MEMORY_SHARE)
     groups = make_groups(names[0], names[1:], memory, budget)
     plan = RunPlan(
@@ -193,8 +199,11 @@ def saved_plan(config: RunConfig, saved: Mapping[str, Any], data: Data) -> RunPl
     )
 
 
-def parameters_of(config: Mapping[str, Any]) -> int:
-    """Returns about how many parameters a config describes; used where there are no weights to count."""
+def parameters_of(checkpoint: Checkpoint) -> int:
+    """Returns a checkpoint's parameters; about how many its config describes, where there are no weights to count."""
+    if checkpoint.parameters:
+        return checkpoint.parameters
+    config = checkpoint.config
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     layers = int(config.get("num_hidden_layers") or config.get("num_layers") or config.get("n_layer") or 0)
     return 12 * layers * hidden * hidden + int(config.get("vocab_size") or 0) * hidden

@@ -47,6 +47,9 @@ class Record:
         draft_nodes: nodes of the draft tree that was used; None where our engine drafts nothing.
         draft_source: who decided that number: `given` (a flag), `tuned` (the checkpoint knows this device), `tuned at load`
             (measured before the first answer) or `default`.
+        runner: how our engine ran its steps, `eager` or `cuda graph`; None for upstream's loop.
+        capture_s: seconds that capturing graphs for this batch size took, in none of the times above.
+        capture_bytes: device memory that these graphs hold.
         phases_s: seconds by phase, in the breakdown run only.
         acceptance_ratio: share of right drafts, in the acceptance sweep only.
     """
@@ -76,6 +79,9 @@ class Record:
     kv_bytes: int | None = None
     draft_nodes: int | None = None
     draft_source: str | None = None
+    runner: str | None = None
+    capture_s: float | None = None
+    capture_bytes: int | None = None
     phases_s: Mapping[str, float] | None = None
     acceptance_ratio: float | None = None
 

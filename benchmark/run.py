@@ -82,6 +82,7 @@ def _measure(
 ) -> None:
     load_request = {
         "checkpoint": str(checkpoint.path),
+        "assistant": str(checkpoint.assistant.path) if checkpoint.assistant else None,
         "draft_nodes": config.draft_nodes,
         "random_weights": config.random_weights,
     }
@@ -121,6 +122,7 @@ def _begin(
         **shown.as_json(),
         "flags_given": config.decides_results(),
         "model_config": checkpoint.config,
+        "assistant_config": checkpoint.assistant.config if checkpoint.assistant else None,
         "checkpoint_fingerprint": checkpoint.fingerprint,
         "techniques": {
             name: {"recipe": dict(one.recipe), "twin": one.twin, "largest_batch": one.largest_batch}

@@ -151,10 +151,14 @@ def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> 
         )
     if saved.get("checkpoint_fingerprint") != fingerprint:
         raise UsageError(
-            f"{directory.path} was begun with other weights in {config.model_name_or_path}; "
+            f"{directory.path} was begun with other weights in {config.model_name_or_path}{_assistant(config)}; "
             "give another --run_name, or --overwrite."
         )
     return saved
+
+
+def _assistant(config: RunConfig) -> str:
+    return f" or {config.assistant_model}" if config.assistant_model else ""
 
 
 def _saved_config(directory: RunDirectory) -> dict[str, Any] | None:

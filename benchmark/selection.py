@@ -52,6 +52,13 @@ def wanted(config: RunConfig) -> tuple[str, ...]:
     return names
 
 
+def needs_assistant(config: RunConfig) -> bool:
+    """Returns whether some technique of a run drafts with a small model, and the run names one."""
+    return config.assistant_model is not None and any(
+        _recipe(name, config).drafts == "assistant" for name in wanted(config)
+    )
+
+
 def select(config: RunConfig, machine: Mapping[str, Any], model_config: Mapping[str, Any]) -> Selection:
     """Returns the techniques that can run on a machine, and why the others cannot.
 
@@ -69,7 +76,7 @@ def select(config: RunConfig, machine: Mapping[str, Any], model_config: Mapping[
     for name in wanted(config):
         recipe = _recipe(name, config, machine)
         reason = (
-            unavailable(name, machine)
+            unavailable(name, machine, config.as_json())
             or _without_streams(recipe, config, model_config)
             or _beyond_batch(name, config, every=name != alone)
         )
@@ -118,10 +125,21 @@ def _with_twins(recipes: Mapping[str, Recipe]) -> dict[str, Contender]:
     return result
 
 
-def estimates(contenders: Mapping[str, Contender], parameters: int, on_device: bool) -> dict[str, int]:
-    """Returns the estimated memory in bytes of each worker: weights in its dtype, a quarter more for the cache, overhead."""
+def estimates(
+    contenders: Mapping[str, Contender], parameters: int, on_device: bool, assistant_parameters: int = 0
+) -> dict[str, int]:
+    """Returns the estimated memory in bytes of each worker: weights in its dtype, a quarter more for the cache, overhead.
+
+    Args:
+        contenders: the techniques.
+        parameters: of the model.
+        on_device: whether workers share an accelerator rather than the host's memory.
+        assistant_parameters: of the assistant, which only the workers it drafts for load.
+    """
     overhead = DEVICE_OVERHEAD if on_device else HOST_OVERHEAD
-    widths = {
-        name: BYTES.get(str(contender.recipe.get("dtype")), 4) for name, contender in contenders.items()
-    }
-    return {name: int(parameters * width * 1.25) + overhead for name, width in widths.items()}
+    result = {}
+    for name, contender in contenders.items():
+        assisted = contender.recipe.get("drafts") == "assistant"
+        held = parameters + (assistant_parameters if assisted else 0)
+        result[name] = int(held * BYTES.get(str(contender.recipe.get("dtype")), 4) * 1.25) + overhead
+    return result

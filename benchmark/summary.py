@@ -44,6 +44,9 @@ class SummaryRow:
     tpot_s: float | None = None
     draft_nodes: int | None = None
     draft_source: str | None = None
+    runner: str | None = None
+    capture_s: float | None = None
+    capture_bytes: int | None = None
     decode_steps: int | None = None
     output_tokens: int = 0
     acceptance_length: float | None = None
@@ -174,6 +177,16 @@ def _draft_tree(records: Sequence[Record]) -> dict[str, Any]:
     return {"draft_nodes": nodes, "draft_source": source}
 
 
+def _runner(records: Sequence[Record]) -> dict[str, Any]:
+    """Returns how most calls ran their steps, and what their graphs cost: the most that any call told of."""
+    used = Counter(record.runner for record in records if record.runner)
+    return {
+        "runner": used.most_common(1)[0][0] if used else None,
+        "capture_s": max((r.capture_s for r in records if r.capture_s is not None), default=None),
+        "capture_bytes": max((r.capture_bytes for r in records if r.capture_bytes is not None), default=None),
+    }
+
+
 def _counts(every: Sequence[Record], records: Sequence[Record]) -> dict[str, Any]:
     first = [record for record in records if record.repeat == 0]
     return {
@@ -182,6 +195,7 @@ def _counts(every: Sequence[Record], records: Sequence[Record]) -> dict[str, Any
         "tpot_s": metrics.tpot_s(records),
         "output_tokens": sum(len(record.token_ids) for record in first),
         **_draft_tree(records),
+        **_runner(records),
         "decode_steps": metrics.decode_steps(first),
         "acceptance_length": metrics.acceptance_length(records),
         "acceptance_rate": metrics.acceptance_rate(records),

@@ -5,7 +5,7 @@ Requests come on stdin as `{"id": n, "op": name, ...}`; answers go to the stdout
 goes to stderr instead, which the parent keeps in a log, so that no stray line can pass for an answer.
 
     machine   {device}                                                -> what the device is, what is installed
-    load      {recipe, checkpoint, device, draft_nodes, random_weights}     -> dtype, weight_bytes, load_s, ...
+    load      {recipe, checkpoint, device, assistant, draft_nodes, random_weights} -> dtype, weight_bytes, load_s, ...
     generate  {prompts, limits, prompt_tokens, record_phases, acceptance_ratio} -> generations, wall_s, memory
     score     {prompt, token_ids, limits, prompt_tokens}              -> margins, gaps, logprobs of those tokens
 
@@ -98,6 +98,9 @@ class Session:
             "kv_bytes": _plain(getattr(self.model, "kv_bytes", None)),
             "draft_nodes": _plain(getattr(self.model, "draft_nodes", None)),
             "draft_source": _plain(getattr(self.model, "draft_source", None)),
+            "runner": _plain(getattr(self.model, "runner", None)),
+            "capture_s": _plain(getattr(self.model, "capture_s", None)),
+            "capture_bytes": _plain(getattr(self.model, "capture_bytes", None)),
             "generations": [_fields(generation) for generation in generations],
         }
 
@@ -140,7 +143,7 @@ def kind_of(error: BaseException) -> str:
 def describe(error: BaseException) -> str:
     """Returns an error in one line, without secrets."""
     text = " ".join(str(error).split())
-    plain = isinstance(error, ValueError) and text
+    plain = isinstance(error, (ValueError, MemoryError)) and text
     return redact(text if plain else f"{type(error).__name__}: {text}".rstrip(": "))[:2000]
 
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from models.answer import Generation, Limits, Scores
+from models.assisted import Assisted
 from models.flash import Flash
 from models.half import Half
 from models.kv_cache import KvCache
@@ -38,11 +39,11 @@ __all__ = [
 
 TECHNIQUES: dict[str, type[Technique]] = {
     technique.name: technique
-    for technique in (Naive, Half, Flash, NoCache, KvCache, Static, PromptLookup, SpecStream)
+    for technique in (Naive, Half, Flash, NoCache, KvCache, Static, PromptLookup, Assisted, SpecStream)
 }
 RESERVED = (
     "int8", "int4", "bnb_int8", "bnb_nf4", "torchao_int4", "awq", "kv_int8", "kv_int4", "kv_prune_tensor",
-    "kv_prune_channel", "assisted",
+    "kv_prune_channel",
 )  # fmt: skip
 
 
@@ -98,9 +99,11 @@ def fold(
         raise ValueError(f"{names}: {error}") from None
 
 
-def unavailable(names: str, machine: Machine | Mapping[str, Any]) -> str | None:
-    """Returns why an entry of `--model_type` cannot run on this machine, or `None` if it can."""
-    reasons = (technique.unavailable(Machine.of(machine)) for technique in build(names))
+def unavailable(
+    names: str, machine: Machine | Mapping[str, Any], flags: Mapping[str, Any] | None = None
+) -> str | None:
+    """Returns why an entry of `--model_type` cannot run on this machine with these flags, or `None` if it can."""
+    reasons = (technique.unavailable(Machine.of(machine)) for technique in build(names, flags))
     return next((reason for reason in reasons if reason), None)
 
 

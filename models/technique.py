@@ -18,7 +18,11 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 ATTENTIONS = ("auto", "eager", "sdpa")
 HALF = "half"
 SLOTS = ("dtype", "attention", "weights", "kv", "decoder", "drafts")
-DRAFT_OPTIONS = ("draft_nodes", "prompt_lookup_num_tokens", "max_matching_ngram_size")
+STOCK_DRAFTS = ("prompt_lookup", "assistant")
+DRAFT_OPTIONS = (
+    "draft_nodes", "prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+)  # fmt: skip
 
 
 class SlotClash(ValueError):
@@ -39,7 +43,7 @@ class Recipe:
         weights: how weights are stored, `plain`.
         kv: `dynamic` or `none` (stock decoder), `static` (engine).
         decoder: `stock` is upstream's generate, `engine` ours.
-        drafts: who proposes tokens, `streams` or `prompt_lookup`; `None` for nobody.
+        drafts: who proposes tokens, `streams`, `prompt_lookup` or `assistant` (a small model); `None` for nobody.
         generate_options: options of the decoder's `generate`, JSON values.
     """
 
@@ -102,8 +106,8 @@ class Recipe:
             )
         if self.decoder != "stock" and self.attention == "flash":
             raise ValueError("FlashAttention kernels take no draft tree, and our engine needs one; use sdpa.")
-        if self.drafts == "prompt_lookup" and (self.decoder != "stock" or self.kv == "none"):
-            raise ValueError("prompt lookup is upstream's and needs its decoder with a KV cache.")
+        if self.drafts in STOCK_DRAFTS and (self.decoder != "stock" or self.kv == "none"):
+            raise ValueError(f"'{self.drafts}' is upstream's and needs its decoder with a KV cache.")
 
     def without_drafts(self) -> Recipe:
         """Returns the exactness twin: the same recipe with nobody proposing tokens."""
@@ -153,7 +157,7 @@ class Technique:
         raise NotImplementedError(f"{type(self).__name__} must say which slots it claims.")
 
     def unavailable(self, machine: Machine) -> str | None:
-        """Returns why the technique cannot run on this machine, or `None` if it can."""
+        """Returns why the technique cannot run on this machine, or with these options; `None` if it can."""
         del machine
         return None
 

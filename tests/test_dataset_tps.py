@@ -96,6 +96,17 @@ def test_the_default_name_is_date_and_hash_and_is_found_again(bench):
         (["--model_type", "flash"], "need a CUDA device"),
         (["--model_type", "flash,all"], "stands alone"),
         (["--model_type", "prompt_lookup", "--batch_size", "1,4"], "batch size 1 at most"),
+        (["--model_type", "assisted"], "name one with --assistant_model"),
+        (
+            ["--model_type", "assisted", "--assistant_model", "/no/such"],
+            "--assistant_model /no/such: no such",
+        ),
+        (
+            ["--model_type", "all", "--assistant_model", "no-such-owner/no-such-model"],
+            "--assistant_model no-such",
+        ),
+        (["--model_type", "assisted", "--num_assistant_tokens_schedule", "heuristic"], "heuristic_transient"),
+        (["--model_type", "assisted", "--assistant_confidence_threshold", "much"], "expected a number"),
         (["--datasets", "jsonl"], "Give files with --data_dir"),
         (["--datasets", "spider", "--data_dir", __file__], "is not a folder"),
         (["--model_name_or_path", "/no/such/folder"], "no such directory"),
@@ -193,6 +204,55 @@ def test_batch_sizes_that_a_technique_cannot_run_are_skipped_in_a_list(bench):
     assert snapshot(bench.folder / "results") == before
     assert bench.run("--model_type", "naive,prompt_lookup", "--batch_size", "2", "--run_name", "two") == 0
     assert not bench.file("worker_prompt_lookup.log", "two").exists()
+
+
+def test_an_assistant_drafts_where_one_is_named(bench):
+    helper = write_checkpoint(bench.folder / "helper")
+    assert bench.run("--model_type", "naive,assisted,static") == 0
+    row = bench.rows()["assisted", "synthetic", 1]
+    assert row["status"] == "skipped"
+    assert "--assistant_model" in row["reason"]
+    words = ("--model_type", "naive,assisted", "--assistant_model", str(helper), "--run_name", "helped")
+    assert bench.run(*words) == 0
+    naive, assisted = bench.summary("helped")["rows"]
+    assert (assisted["status"], assisted["match_rate"], assisted["acceptance_length"]) == (
+        "ok",
+        1.0,
+        pytest.approx(3, abs=1),
+    )
+    assert assisted["weight_bytes"] == naive["weight_bytes"] + len((helper / "config.json").read_bytes())
+    config = json.loads(bench.file("config.json", "helped").read_text())
+    assert config["assistant_model"] == str(helper)
+    assert config["assistant_config"]["vocab_size"] == 100
+    assert config["techniques"]["assisted"]["recipe"]["drafts"] == "assistant"
+    assert bench.run("--model_type", "assisted", *words[2:4], "--run_name", "alone") == 0
+
+
+def test_a_run_with_another_assistant_is_not_resumed(bench):
+    helper = write_checkpoint(bench.folder / "helper")
+    words = ("--model_type", "naive,assisted", "--assistant_model", str(helper))
+    assert bench.run(*words) == 0
+    assert bench.run(*words) == 0
+    write_checkpoint(helper, hidden_size=8)
+    assert bench.run(*words) == 2
+    assert f"other weights in {bench.checkpoint} or {helper}" in bench.err
+
+
+def test_an_assistant_of_another_vocabulary_ends_with_2_before_any_worker_starts(bench):
+    helper = write_checkpoint(bench.folder / "helper", vocab_size=90)
+    assert bench.run("--model_type", "naive,assisted", "--assistant_model", str(helper)) == 2
+    assert "vocabulary of 90 tokens, the model one of 100" in bench.err
+    assert len(bench.err.splitlines()) == 1
+    assert not (bench.folder / "results").exists()
+    # Nobody drafts with it: then it is not looked at.
+    assert bench.run("--model_type", "naive,static", "--assistant_model", str(helper)) == 0
+
+
+def test_the_runner_is_in_records_and_rows(bench):
+    assert bench.run("--model_type", "naive,static") == 0
+    row = bench.rows()["static", "synthetic", 1]
+    assert (row["runner"], row["capture_s"], row["capture_bytes"]) == ("cuda graph", 0.5, 64)
+    assert {record["runner"] for record in bench.records()} == {None, "cuda graph"}
 
 
 def test_own_data_may_be_one_file(bench):

@@ -18,6 +18,7 @@ from benchmark.saved_run import load_run
 from datasets_code import Example, LoadedSet, Prompt, Score
 
 SAVED = Path(__file__).parent / "data" / "saved_run"
+SHOWN = {*FIGURES} - {"throughput"}  # it has one batch size
 README = (
     "top\n<!-- figure:begin -->old<!-- figure:end -->\n<!-- results:begin -->old<!-- results:end -->\nend\n"
 )
@@ -45,7 +46,7 @@ def test_a_run_becomes_table_figures_and_page(run_dir, capsys):
     assert call(run_dir) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == str(run_dir / "report.html")
-    assert {path.stem for path in (run_dir / "figures").glob("*.png")} == set(FIGURES)
+    assert {path.stem for path in (run_dir / "figures").glob("*.png")} == SHOWN
     row = next(row for row in load_run(run_dir).rows if row["model_type"] == "spec_stream")
     assert any("spec_stream" in line and f"{row['speedup']:.2f}x [" in line for line in out)
 
@@ -56,7 +57,19 @@ def test_the_page_fetches_nothing_and_runs_nothing(run_dir):
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"""<script|https?://|(src|href)=["'](?!data:)|style=["']""", text)
-    assert text.count("data:image/png;base64,") == len(FIGURES)
+    assert text.count("data:image/png;base64,") == len(SHOWN)
+
+
+def test_figures_follow_what_the_run_was_asked_for(run_dir):
+    def ask(summary):
+        del summary["acceptance_sweep"]
+        summary["rows"] += [row | {"batch_size": 4} for row in summary["rows"]]
+
+    edit(run_dir / "summary.json", ask)
+    assert call(run_dir) == 0
+    drawn = {path.stem for path in (run_dir / "figures").glob("*.png")}
+    assert drawn == {*FIGURES} - {"acceptance_sweep"}
+    assert "acceptance sweep" not in (run_dir / "report.html").read_text().lower()
 
 
 def test_model_text_is_escaped(run_dir):

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
+Flags = TypeVar("Flags")
 MODES = ("scratch", "joint", "adapter")
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+TARGETS = ("own", "references")
 DEFAULT_VOCAB_SIZE = 8192
 
 
@@ -64,7 +66,14 @@ class TrainingFlags:
     weight_decay: float = option(0.01, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradient clipping")
     warmup_steps: int = option(200, "steps of linear warm-up before the cosine")
+    adam_beta2: float = option(
+        0.999, "AdamW's memory of squared gradients; 0.95 for a short run of a large model"
+    )
     per_device_train_batch_size: int = option(64, "examples a device and step")
+    batch_rows: int | None = option(
+        None,
+        "rows a device and step instead of a number of examples: padded tokens, and stream rows by their share of the layers",
+    )
     gradient_accumulation_steps: int = option(1, "batches an optimiser step")
     num_train_epochs: float = option(3.0, "passes over the data")
     max_steps: int | None = option(None, "optimiser steps, instead of epochs")
@@ -79,12 +88,16 @@ class TrainingFlags:
         None, "weight of next-token loss on prompts [scratch 0.3, else 0]"
     )
     bf16: bool = option(False, "bfloat16 autocast")
+    bf16_weights: bool = option(
+        False, "bfloat16 weights with float32 copies in the optimiser: faster than --bf16; not for adapters"
+    )
+    compile: bool = option(False, "compile layers and losses: about a minute at the start, faster steps")
     attn_implementation: str = option("sdpa", "attention of the forward pass", ("sdpa", "eager"))
     seed: int = option(0, "seed of weights, data order and held-out choice")
     logging_steps: int = option(50, "steps between progress lines")
     eval_steps: int = option(500, "steps between held-out acceptance checks; 0 for none")
     eval_examples: int = option(64, "held-out examples a set in those checks")
-    save_steps: int = option(1000, "steps between checkpoints")
+    save_steps: int = option(1000, "steps between checkpoints; 0 for none, so nothing to resume from")
     save_total_limit: int = option(2, "checkpoints kept")
     resume_from_checkpoint: str | None = option(None, "'latest' or a checkpoint folder of an earlier run")
     save_dtype: str = option(
@@ -94,16 +107,24 @@ class TrainingFlags:
         False, "adapter: save the streams alone, with a reference to the base checkpoint"
     )
     max_new_tokens: int = option(256, "longest continuation for adapter targets and calibration")
+    adapter_targets: str = option(
+        "own", "adapter: learn what the base itself writes, or the data's references, to compare", TARGETS
+    )
+    targets_dir: Path | None = option(
+        None,
+        "adapter: folder of what the base wrote, which runs on the same base can share [output_dir/targets]",
+    )
     target_batch_size: int = option(64, "prompts generated at once for adapter targets and calibration")
     calibration_prompts: int = option(64, "held-out prompts a set for calibration; 0 to leave it out")
 
     def __post_init__(self) -> None:
         self._check_mode()
+        self._check_adapter()
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "logging_steps",
-            "save_steps",
+            "batch_rows",
         ):
             self._at_least(name, 1)
         for name in ("limit", "max_steps", "streams", "target_batch_size", "max_new_tokens"):
@@ -115,6 +136,7 @@ class TrainingFlags:
             "pruning_rank",
             "warmup_steps",
             "eval_steps",
+            "save_steps",
         ):
             self._at_least(name, 0)
         for name in ("calibration_prompts", "eval_examples", "main_loss_weight", "prompt_loss_weight"):
@@ -130,6 +152,8 @@ class TrainingFlags:
             raise ValueError(
                 f"--stream_loss_weight takes numbers of 0 or more, got {self.stream_loss_weight}."
             )
+        if not 0 < self.adam_beta2 < 1:
+            raise ValueError(f"--adam_beta2 must lie between 0 and 1, got {self.adam_beta2}.")
         _ = self.set_weights
 
     def _check_mode(self) -> None:
@@ -149,14 +173,22 @@ class TrainingFlags:
             )
         if self.mode != "scratch" and (self.model_config is not None or self.vocab_size is not None):
             raise ValueError(f"--model_config and --vocab_size belong to --mode scratch, not to {self.mode}.")
-        if self.mode != "adapter" and self.streams_only:
-            raise ValueError(
-                "--streams_only belongs to --mode adapter: in other modes the main weights change too."
-            )
         if not self.datasets and self.train_file is None:
             raise ValueError("nothing to train on: give --datasets, --train_file, or both.")
         if self.validation_file is not None and self.train_file is None:
             raise ValueError("--validation_file needs --train_file.")
+
+    def _check_adapter(self) -> None:
+        if self.mode != "adapter" and self.streams_only:
+            raise ValueError(
+                "--streams_only belongs to --mode adapter: in other modes the main weights change too."
+            )
+        if self.bf16_weights and (self.bf16 or self.mode == "adapter"):
+            raise ValueError(
+                "--bf16_weights does not go with --bf16, which it replaces, nor with --mode adapter, whose base stays as it is."
+            )
+        if self.mode != "adapter" and (self.adapter_targets != "own" or self.targets_dir is not None):
+            raise ValueError("--adapter_targets and --targets_dir belong to --mode adapter.")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -207,15 +239,11 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def build_parser() -> FlagParser:
-    """Returns the parser made from the fields of :class:`TrainingFlags`."""
-    parser = FlagParser(
-        prog="train_spec_stream.py",
-        description="Train speculative streams: a small model from scratch, a checkpoint jointly, or streams alone.",
-        allow_abbrev=False,
-    )
-    hints = get_type_hints(TrainingFlags)
-    for item in fields(TrainingFlags):
+def build_parser(kind: type, program: str, description: str) -> FlagParser:
+    """Returns the parser made from the fields of a dataclass of options."""
+    parser = FlagParser(prog=program, description=description, allow_abbrev=False)
+    hints = get_type_hints(kind)
+    for item in fields(kind):
         add_flag(parser, item.name, hints[item.name], item.default, item.metadata)
     return parser
 
@@ -260,10 +288,20 @@ def show(value: Any) -> str:
 
 def parse_flags(words: Sequence[str] | None = None) -> TrainingFlags:
     """Returns the flags of a command line; prints one line and exits with 2 on a mistake."""
-    parser = build_parser()
+    return flags_from(
+        TrainingFlags,
+        words,
+        "train_spec_stream.py",
+        "Train speculative streams: a small model from scratch, a checkpoint jointly, or streams alone.",
+    )
+
+
+def flags_from(kind: type[Flags], words: Sequence[str] | None, program: str, description: str) -> Flags:
+    """Returns an options dataclass filled from a command line; prints one line and exits with 2 on a mistake."""
+    parser = build_parser(kind, program, description)
     values = parser.values(words if words is not None else sys.argv[1:])
     try:
-        return TrainingFlags(**values)
+        return kind(**values)
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,4 +1,4 @@
-"""Batches: examples of like length together, and the positions where losses are taken.
+"""Batches: examples cut out of the packed set, and the positions where losses are taken.
 
 With prompt length p and n tokens in all (0-based rows; the main row i guesses token i + 1, stream j of row i token i + 1 + j):
 
@@ -12,7 +12,7 @@ stream 1 to learn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,11 @@ class Collator:
         batch |= self._streams(ids, prompts, lengths)
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
+    def whole(self, batches: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Returns the batch of the only item, which already holds all its examples' indices."""
+        (indices,) = batches
+        return self(indices)
+
     def _pad(self, starts: Ints, lengths: Ints) -> Ints:
         places = np.arange(lengths.max())[None]
         inside = places < lengths[:, None]
@@ -97,66 +102,3 @@ class Collator:
             "stream_parent_tokens": np.where(valid, flat[safe], 0),
             "stream_labels": np.where(valid, flat[np.where(valid, before + 1, 0)], IGNORE),
         }
-
-
-class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """Yields example indices so that each `group` consecutive ones are of like length, in an order fixed by seed and epoch.
-
-    A set with weight w is seen w times an epoch; of a fractional part a fresh draw each epoch. The order depends on nothing else,
-    so a resumed run sees the same batches.
-
-    Args:
-        lengths: (examples,) tokens.
-        group: examples of one step on all devices.
-        seed: decides the order with the epoch.
-        weights: (examples,) how often each example is seen; equal within a set.
-        set_ids: (examples,) which set an example is of.
-    """
-
-    CHUNK_GROUPS = 64
-
-    def __init__(self, lengths: Ints, group: int, seed: int, weights: npt.NDArray[np.float64], set_ids: Ints):
-        self.lengths, self.group, self.seed = lengths, group, seed
-        self.epoch = 0
-        members = [np.flatnonzero(set_ids == one) for one in np.unique(set_ids)]
-        self._parts = [(part, round(float(weights[part[0]]) * len(part))) for part in members]
-
-    def __len__(self) -> int:
-        return sum(max(count, 1) for _, count in self._parts)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order comes next."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self.seed, self.epoch])
-        drawn = np.concatenate([self._draw(part, max(count, 1), random) for part, count in self._parts])
-        random.shuffle(drawn)
-        chunk = self.group * self.CHUNK_GROUPS
-        ordered = [part[np.argsort(-self.lengths[part], kind="stable")] for part in split(drawn, chunk)]
-        groups = [group for part in ordered for group in split(part, self.group)]
-        full = [group for group in groups if len(group) == self.group]
-        rest = [group for group in groups if len(group) < self.group]
-        for place in self._order(full, random):
-            yield from full[place].tolist()
-        for group in rest:
-            yield from group.tolist()
-
-    def _order(self, groups: list[Ints], random: np.random.Generator) -> list[int]:
-        """Returns the groups in random order, but the longest first: memory that does not suffice shows at once."""
-        order: list[int] = random.permutation(len(groups)).tolist()
-        if order:
-            longest = max(order, key=lambda place: int(self.lengths[groups[place]].max()))
-            order.remove(longest)
-            order.insert(0, longest)
-        return order
-
-    @staticmethod
-    def _draw(part: Ints, count: int, random: np.random.Generator) -> Ints:
-        repeats, rest = divmod(count, len(part))
-        return np.concatenate([np.tile(part, repeats), random.choice(part, rest, replace=False)])
-
-
-def split(array: Ints, size: int) -> list[Ints]:
-    """Returns consecutive pieces of at most `size` entries."""
-    return [array[start : start + size] for start in range(0, len(array), size)]

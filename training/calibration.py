@@ -19,7 +19,7 @@ from training.ranks import acceptance_length, rank_accuracy, stream_ranks
 from training.targets import Continuer, own_continuations, unique_prompts
 from training.tokens import TokenSet
 
-DRAFT_NODES = (4, 8, 16, 32)
+DRAFT_NODES = (4, 8, 16, 32, 64)
 Ints = npt.NDArray[np.int64]
 
 

@@ -46,6 +46,19 @@ class StreamObjective(nn.Module):
         # A buffer: a tensor made from numbers in every step would make the host wait for the device.
         self.register_buffer("stream_weights", torch.tensor(weights.streams), persistent=False)
         self.prunes = model.config.pruning_rank > 0
+        self._next_token_loss, self._stream_losses = next_token_loss, stream_losses
+
+    def compile_parts(self) -> None:
+        """Compiles what a step spends its time in: each decoder layer, and the losses, whose logits are the largest tensors."""
+        for layer in self.model.decoder_layers():
+            layer.compile(dynamic=True)
+        self._next_token_loss = torch.compile(next_token_loss, dynamic=True)
+        self._stream_losses = torch.compile(stream_losses, dynamic=True)
+
+    def forget_compiled(self) -> None:
+        """Lets the layers run as written again; decoding has shapes of its own."""
+        for layer in self.model.decoder_layers():
+            layer._compiled_call_impl = None
 
     @property
     def metric_names(self) -> list[str]:
@@ -85,7 +98,7 @@ class StreamObjective(nn.Module):
             pruning, _ = self._next_token(early, completion_rows, completion_labels)
             parts = parts + self.weights.pruning * pruning
         kept = streams.flatten(0, 1).index_select(0, anchor_slots)
-        losses, accuracies = stream_losses(
+        losses, accuracies = self._stream_losses(
             self.model.stream_logits(kept, stream_parent_tokens), stream_labels
         )
         loss = parts + (losses * self.stream_weights).sum()
@@ -94,8 +107,7 @@ class StreamObjective(nn.Module):
 
     def _next_token(self, states: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
         """Returns mean loss and accuracy of the head at some rows of (all rows, hidden) states."""
-        logits = self.model.get_output_embeddings()(states.index_select(0, rows)).float()
-        return F.cross_entropy(logits, labels), (logits.detach().argmax(-1) == labels).float().mean()
+        return self._next_token_loss(self.model.get_output_embeddings()(states.index_select(0, rows)), labels)
 
     @contextmanager
     def _states_below(self) -> Iterator[list[torch.Tensor]]:
@@ -114,6 +126,12 @@ class StreamObjective(nn.Module):
             yield found
         finally:
             handle.remove()
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean loss, in at least float32, and rank-1 accuracy of (rows, vocab) logits against (rows,) int64 labels."""
+    right = (logits.detach().argmax(-1) == labels).float().mean()
+    return F.cross_entropy(logits.float(), labels), right
 
 
 def stream_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

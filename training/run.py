@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,23 @@ class Prepared:
     skipped: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to; the calibration is None where it was left out, and on all processes but the first."""
+
+    steps: int
+    minutes: float
+    calibration: Calibration | None
+
+
 def run(flags: TrainingFlags) -> Path:
-    """Trains, calibrates and saves a model; returns its folder.
+    """Trains, calibrates and saves a model; returns its folder. See :func:`train` for what it raises."""
+    train(flags)
+    return flags.output_dir
+
+
+def train(flags: TrainingFlags) -> Outcome:
+    """Trains, calibrates and saves a model in the flags' folder.
 
     Raises:
         ValueError: for a mistake in flags or data that shows before training.
@@ -66,8 +82,10 @@ def run(flags: TrainingFlags) -> Path:
     upstream_logging.disable_progress_bar()
     text = load(flags)
     with process.main_process_first(desc="preparing data and model"):
-        prepared = prepare(flags, text, process.should_save)
+        prepared = prepare(flags, text, process.should_save, process.device)
     if flags.mode == "adapter":
+        freeze_main(prepared.model)
+    if flags.mode == "adapter" and flags.adapter_targets == "own":
         prepare_targets(flags, prepared, process)
     trainer = make_trainer(flags, prepared, process)
     begin = time.monotonic()
@@ -75,14 +93,23 @@ def run(flags: TrainingFlags) -> Path:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except torch.OutOfMemoryError:
         raise MemoryError(
-            f"the device's memory does not hold a batch of {flags.per_device_train_batch_size}; lower "
-            "--per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor."
+            f"the device's memory does not hold a batch; lower {batch_flag(flags)} and raise --gradient_accumulation_steps by "
+            "the same factor."
         ) from None
     minutes = (time.monotonic() - begin) / 60
-    if process.should_save:
-        finish(flags, prepared, text, trainer.state.global_step, minutes)
+    trainer.objective.forget_compiled()
+    if trainer.masters is not None:
+        trainer.masters.release()
+    steps = trainer.state.global_step
+    measured = finish(flags, prepared, text, steps, minutes) if process.should_save else None
     process.distributed_state.wait_for_everyone()
-    return flags.output_dir
+    return Outcome(steps, minutes, measured)
+
+
+def batch_flag(flags: TrainingFlags) -> str:
+    """Returns the flag that decides a batch's size, with its value."""
+    name = "batch_rows" if flags.batch_rows else "per_device_train_batch_size"
+    return f"--{name} {getattr(flags, name)}"
 
 
 def load(flags: TrainingFlags) -> TextData:
@@ -105,14 +132,15 @@ def load(flags: TrainingFlags) -> TextData:
     return text
 
 
-def prepare(flags: TrainingFlags, text: TextData, is_main: bool) -> Prepared:
-    """Returns tokenizer, model and tokenised examples."""
+def prepare(flags: TrainingFlags, text: TextData, is_main: bool, device: torch.device) -> Prepared:
+    """Returns tokenizer, model and tokenised examples; random weights are drawn on `device`, where that takes no time."""
     torch.manual_seed(flags.seed)
     if flags.mode == "scratch":
         assert flags.model_config is not None
         file = read_model_file(flags.model_config)
         tokenizer = scratch_tokenizer(flags, file, text, is_main)
-        model = model_from_file(flags, file, tokenizer)
+        with device:
+            model = model_from_file(flags, file, tokenizer)
     else:
         tokenizer = checkpoint_tokenizer(flags)
         model = model_from_checkpoint(flags)
@@ -177,11 +205,10 @@ def report_lengths(names: tuple[str, ...], parts: list[Encoded], limit: int) -> 
 
 
 def prepare_targets(flags: TrainingFlags, prepared: Prepared, process: TrainingArguments) -> None:
-    """Freezes the base and replaces all completions, in place, by what the base itself writes."""
-    freeze_main(prepared.model)
+    """Replaces all completions, in place, by what the base itself writes."""
     prepared.model.to(process.device).eval()
     continuer = make_continuer(flags, prepared)
-    folder = flags.output_dir / "targets"
+    folder = flags.targets_dir or flags.output_dir / "targets"
     share = (process.process_index, process.world_size)
     wait = process.distributed_state.wait_for_everyone
     prepared.train = own_continuations(continuer, unique_prompts(prepared.train), folder, share, wait)
@@ -215,8 +242,13 @@ def make_trainer(flags: TrainingFlags, prepared: Prepared, process: TrainingArgu
     shown = (
         unique_prompts(prepared.held_out, flags.eval_examples) if flags.eval_examples else prepared.held_out
     )
+    objective = StreamObjective(prepared.model, weights)
+    if flags.compile:
+        if prepared.model.config.lora_rank:
+            raise ValueError("--compile does not take a model with lora_rank; leave one of them out.")
+        objective.compile_parts()
     return StreamTrainer(
-        StreamObjective(prepared.model, weights),
+        objective,
         flags,
         prepared.train,
         by_set[prepared.train.set_ids],
@@ -237,18 +269,34 @@ def generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
 
 
 def base_reference(flags: TrainingFlags) -> str:
-    """Returns how streams name their base: a directory from the root on, a hub id as it is."""
+    """Returns how streams name their base: a hub id as it is, a directory by its path.
+
+    A base in the folder that the run's own folder is in is named from there, so that the two can move together.
+    """
     name = str(flags.model_name_or_path)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    if not Path(name).is_dir():
+        return name
+    base, folder = Path(name).resolve(), flags.output_dir.resolve()
+    if base.is_relative_to(folder.parent):
+        return Path(os.path.relpath(base, folder)).as_posix()
+    return str(base)
 
 
-def finish(flags: TrainingFlags, prepared: Prepared, text: TextData, steps: int, minutes: float) -> None:
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Converts the weights in place, not the buffers: rotary frequencies in bfloat16 would turn a long prompt into another."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
+def finish(
+    flags: TrainingFlags, prepared: Prepared, text: TextData, steps: int, minutes: float
+) -> Calibration | None:
     """Saves the model, then calibrates it as saved and writes the draft-tree numbers and the model card beside it."""
     model, folder = prepared.model, flags.output_dir
     device = model.device
     model.eval().requires_grad_(False)
     dtype = save_dtype(flags)
-    model.to(dtype)
+    cast_weights(model, dtype)
     tokenizer = prepared.tokenizer
     model.generation_config = generation_config(model, tokenizer)
     if flags.streams_only:
@@ -257,7 +305,7 @@ def finish(flags: TrainingFlags, prepared: Prepared, text: TextData, steps: int,
     else:
         save_whole(model, folder)
     tokenizer.save_pretrained(folder)
-    model.float()
+    cast_weights(model, torch.float32)
     measured: Calibration | None = None
     if flags.calibration_prompts:
         logger.info("calibrating on held-out prompts")
@@ -283,3 +331,4 @@ def finish(flags: TrainingFlags, prepared: Prepared, text: TextData, steps: int,
         calibration=measured,
     )
     (folder / "README.md").write_text(model_card(flags, facts), encoding="utf-8")
+    return measured

@@ -58,10 +58,13 @@ class TimeLimit(TrainerCallback):
     Args:
         agree: turns this process's reading into the one that all processes use.
         clock: seconds that never go back.
+        saves: whether the run ends with a checkpoint.
     """
 
-    def __init__(self, agree: Callable[[float], float], clock: Callable[[], float] = time.monotonic):
-        self.agree, self.clock = agree, clock
+    def __init__(
+        self, agree: Callable[[float], float], clock: Callable[[], float] = time.monotonic, saves: bool = True
+    ):
+        self.agree, self.clock, self.saves = agree, clock, saves
         self.begin = 0.0
         self.schedule: CosineSchedule | None = None
 
@@ -71,12 +74,12 @@ class TimeLimit(TrainerCallback):
         self.begin = self.clock() - self.schedule.elapsed_s
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Updates the schedule and, at its end, stops the run with a last checkpoint."""
+        """Updates the schedule and, at its end, stops the run, with a last checkpoint if it keeps any."""
         assert self.schedule is not None
         if state.global_step % CHECK_EVERY:
             return
         self.schedule.observe(state.global_step, self.agree(self.clock() - self.begin))
         if self.schedule.fraction(state.global_step) >= 1.0:
             control.should_training_stop = True
-            control.should_save = True
+            control.should_save = self.saves
             control.should_log = True

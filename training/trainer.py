@@ -16,11 +16,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from training.arguments import TrainingFlags
-from training.batches import Collator, LengthGroupedSampler
+from training.batches import Collator
 from training.checkpoints import last_complete, mark_complete
 from training.errors import DivergedError
 from training.objective import StreamObjective
+from training.optimiser import MasterAdamW
 from training.ranks import NO_TOKEN, stream_ranks
+from training.sampling import LengthGroupedSampler, RowBudgetSampler, WeightedDraw
 from training.schedule import CosineSchedule, TimeLimit
 from training.tokens import TokenSet
 
@@ -34,19 +36,22 @@ def training_arguments(flags: TrainingFlags) -> TrainingArguments:
     timed = flags.max_train_minutes is not None and flags.max_steps is None
     return TrainingArguments(
         output_dir=str(flags.output_dir),
-        per_device_train_batch_size=flags.per_device_train_batch_size,
+        # With a budget of rows the sampler's items are whole batches.
+        per_device_train_batch_size=1 if flags.batch_rows else flags.per_device_train_batch_size,
         gradient_accumulation_steps=flags.gradient_accumulation_steps,
         num_train_epochs=EPOCHS_WITHOUT_END if timed else flags.num_train_epochs,
         max_steps=flags.max_steps or -1,
         learning_rate=flags.learning_rate,
         weight_decay=flags.weight_decay,
+        adam_beta2=flags.adam_beta2,
         max_grad_norm=flags.max_grad_norm,
         bf16=flags.bf16,
         seed=flags.seed,
         logging_steps=flags.logging_steps,
         eval_strategy="steps" if flags.eval_steps else "no",
         eval_steps=flags.eval_steps or None,
-        save_steps=flags.save_steps,
+        save_strategy="steps" if flags.save_steps else "no",
+        save_steps=flags.save_steps or 1,
         save_total_limit=flags.save_total_limit,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
@@ -84,10 +89,11 @@ class StreamTrainer(Trainer):
     ):
         streams = objective.model.config.streams
         with_prompts = flags.effective_prompt_loss_weight > 0
+        collator = Collator(examples, streams, tokenizer.pad_token_id, with_prompts)
         super().__init__(
             model=objective,
             args=args,
-            data_collator=Collator(examples, streams, tokenizer.pad_token_id, with_prompts),
+            data_collator=collator.whole if flags.batch_rows else collator,
             train_dataset=examples,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -97,13 +103,14 @@ class StreamTrainer(Trainer):
         self.examples, self.tokenizer = examples, tokenizer
         self.folder = flags.output_dir
         self.held_out_collator = Collator(held_out, streams, tokenizer.pad_token_id, with_prompts=False)
+        self.masters: MasterAdamW | None = None
         self._metrics = torch.zeros(len(objective.metric_names), device=self.args.device)
         self._batches = 0
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressLines(objective.metric_names))
         if flags.max_train_minutes is not None:
-            self.add_callback(TimeLimit(self._agree))
+            self.add_callback(TimeLimit(self._agree, saves=bool(flags.save_steps)))
 
     def _agree(self, seconds: float) -> float:
         """Returns the processes' mean reading on every process, so that all stop at the same step."""
@@ -113,12 +120,24 @@ class StreamTrainer(Trainer):
         return float(self.accelerator.reduce(reading, "mean"))
 
     # Data and schedule.
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        examples = self.examples
-        group = self.args.per_device_train_batch_size * self.args.world_size
-        return LengthGroupedSampler(
-            examples.lengths, group, self.args.seed, self.example_weights, examples.set_ids
-        )
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | RowBudgetSampler:
+        examples, devices = self.examples, self.args.world_size
+        draw = WeightedDraw(self.args.seed, self.example_weights, examples.set_ids)
+        if not self.flags.batch_rows:
+            group = self.flags.per_device_train_batch_size * devices
+            return LengthGroupedSampler(draw, examples.lengths, group)
+        config = self.objective.model.config
+        stream_cost = config.streams * config.stream_layers / config.num_hidden_layers
+        anchors = examples.lengths - examples.prompt_lengths - 1
+        return RowBudgetSampler(draw, examples.lengths, anchors, stream_cost, self.flags.batch_rows, devices)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Returns upstream's AdamW; with `--bf16_weights` in the form that keeps float32 copies."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.flags.bf16_weights:
+            self.optimizer = self.masters = MasterAdamW(optimizer.param_groups)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Returns the cosine that ends with the run's steps or its clock."""
@@ -190,7 +209,7 @@ class StreamTrainer(Trainer):
         model.eval()
         total = torch.zeros(len(examples.names), 3, model.config.streams, device=self.args.device)
         size, world, rank = (
-            self.args.per_device_train_batch_size,
+            self.flags.per_device_train_batch_size,
             self.args.world_size,
             self.args.process_index,
         )

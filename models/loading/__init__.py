@@ -21,6 +21,7 @@ def load(
     checkpoint: str | Path,
     device: str,
     *,
+    assistant: str | Path | None = None,
     draft_nodes: int | str = "auto",
     random_weights: bool = False,
 ) -> LoadedModel:
@@ -30,6 +31,7 @@ def load(
         recipe: what to load, or its JSON.
         checkpoint: directory or hub id.
         device: `cpu`, `cuda` or `cuda:N`.
+        assistant: directory or hub id of the small model that drafts, where the recipe has one.
         draft_nodes: nodes of the draft tree where the recipe leaves them open.
         random_weights: draw the weights, the same for every recipe; `config.json` is enough then.
 
@@ -40,4 +42,11 @@ def load(
 
     wanted = recipe if isinstance(recipe, Recipe) else Recipe.from_json(recipe)
     resolved = wanted.resolved(Machine(device.partition(":")[0]))
-    return assemble(resolved, str(checkpoint), device, draft_nodes=draft_nodes, random_weights=random_weights)
+    return assemble(
+        resolved,
+        str(checkpoint),
+        device,
+        assistant=None if assistant is None else str(assistant),
+        draft_nodes=draft_nodes,
+        random_weights=random_weights,
+    )

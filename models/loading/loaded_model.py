@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from huggingface.transformers.generation.scoring import score_tokens
 from huggingface.transformers.integrations import flash_attention
 from models.answer import Generation, Limits, Scores
+from models.loading.assistant import build_assistant
+from models.loading.calls import Call, Decoder, Prompts
 from models.loading.checkpoint import end_tokens, read_config
-from models.loading.decoders import Call, Decoder, EngineDecoder, Prompts, StockDecoder
-from models.loading.scoring import score_tokens
+from models.loading.engine_decoder import EngineDecoder
+from models.loading.stock_decoder import StockDecoder
 from models.loading.tokenizing import decode, encode, load_tokenizer
 from models.loading.weights import build_model
 from models.technique import Recipe
@@ -52,6 +55,10 @@ class LoadedModel:
         fallbacks: what was built instead of what was asked for.
         draft_nodes: nodes of the draft tree where the recipe leaves them open.
         tunes: before the first answer, measure which draft tree suits this device where the checkpoint does not know it.
+        assistant: the small model that drafts, where the recipe has one; beside the model in all respects.
+
+    After a request, `draft_nodes`, `draft_source`, `runner`, `capture_s` and `capture_bytes` are those of its last call,
+    `kv_bytes` those of its largest; see :class:`models.loading.calls.Call`.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class LoadedModel:
         fallbacks: list[str],
         draft_nodes: int | str = "auto",
         tunes: bool = True,
+        assistant: Any | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -70,17 +78,21 @@ class LoadedModel:
         self.end_ids = end_ids
         self.fallbacks = fallbacks
         self.dtype = str(recipe.dtype)
-        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        held = [model] if assistant is None else [model, assistant]
+        self.weight_bytes = sum(parameter.nbytes for one in held for parameter in one.parameters())
         self.kv_bytes = 0
         self.draft_nodes: int | None = None
         self.draft_source: str | None = None
+        self.runner: str | None = None
+        self.capture_s: float | None = None
+        self.capture_bytes: int | None = None
         self.position_limit = int(model.config.max_position_embeddings)
         self._pad_id = tokenizer.pad_token_id or 0
         self._known: dict[tuple[Any, ...], list[int]] = {}
         self._decoder: Decoder = (
             EngineDecoder(model, recipe, end_ids, self._pad_id, draft_nodes, tunes)
             if recipe.decoder == "engine"
-            else StockDecoder(model, recipe, end_ids, self._pad_id)
+            else StockDecoder(model, recipe, end_ids, self._pad_id, assistant)
         )
 
     @property
@@ -107,7 +119,9 @@ class LoadedModel:
 
         Raises:
             ValueError: the technique cannot do this, or `limits.on_long` is `error` and a prompt leaves no position.
+            MemoryError: the cache of so many prompts exceeds the device's free memory.
         """
+        self.kv_bytes = 0
         rows = [self._row(index, prompt, limits) for index, prompt in enumerate(prompts)]
         answers = {
             row.index: self._nothing(row) for row in rows if isinstance(row, Row) and not row.new_tokens
@@ -146,7 +160,8 @@ class LoadedModel:
             raise ValueError(
                 f"{len(row.ids)} prompt and {len(token_ids)} answer tokens exceed the model's {self.position_limit} positions."
             )
-        return score_tokens(self.model, row.ids, list(token_ids))
+        told = score_tokens(self.model, row.ids, list(token_ids))
+        return Scores(told.logprobs.tolist(), told.margins.tolist(), told.gaps.tolist())
 
     def _row(self, index: int, prompt: Prompt, limits: Limits) -> Row | Generation:
         """Returns the prompt's ids with room for an answer, or why there is none."""
@@ -185,12 +200,13 @@ class LoadedModel:
     def _run(
         self, batch: Prompts, limits: Limits, record_phases: bool, acceptance_ratio: float | None
     ) -> Call:
-        self._decoder.prepare(len(batch.ids))
+        self._decoder.prepare(batch)
         if limits.samples:
             torch.manual_seed(limits.seed)
         call = self._decoder.run(batch, limits, record_phases, acceptance_ratio)
         self.kv_bytes = max(self.kv_bytes, call.kv_bytes)
         self.draft_nodes, self.draft_source = call.draft_nodes, call.draft_source
+        self.runner, self.capture_s, self.capture_bytes = call.runner, call.capture_s, call.capture_bytes
         return call
 
     def _known_tokens(self, batch: Prompts, rows: Sequence[Row], limits: Limits) -> list[list[int]] | None:
@@ -224,7 +240,7 @@ class LoadedModel:
             total_s=call.total_s,
             steps=_steps_of(call.steps[place], len(tokens) - call.first),
             finish_reason=reason,
-            fallbacks=list(self.fallbacks),
+            fallbacks=list(dict.fromkeys([*self.fallbacks, *call.fallbacks])),
             truncated=row.truncated,
             phases_s=call.phases_s,
             call=number,
@@ -243,27 +259,45 @@ def _steps_of(steps: list[dict[str, Any]], left: int) -> list[dict[str, Any]]:
 
 
 def assemble(
-    recipe: Recipe, checkpoint: str, device: str, *, draft_nodes: int | str, random_weights: bool
+    recipe: Recipe,
+    checkpoint: str,
+    device: str,
+    *,
+    assistant: str | None,
+    draft_nodes: int | str,
+    random_weights: bool,
 ) -> LoadedModel:
     """Returns the loaded model of a resolved recipe; see :func:`models.loading.load`."""
     config = read_config(checkpoint)
     tokenizer, notes = load_tokenizer(checkpoint, config.vocab_size, random_weights)
+    helper = build_assistant(recipe, assistant, config.vocab_size, device, random_weights)
     built = build_model(recipe, checkpoint, config, device, random_weights)
-    _check_finite(built.model, recipe)
+    _check_finite(built.model, recipe, "model")
+    if helper is not None:
+        _check_finite(helper.model, recipe, "assistant")
     ends = end_tokens(checkpoint, config, tokenizer)
     if recipe.attention == "flash":
         notes = [*notes, flash_attention.describe(built.model.device)]
-    fallbacks = [*notes, *built.fallbacks]
-    # Random streams are never right: there is nothing to tune for.
-    return LoadedModel(built.model, tokenizer, recipe, ends, fallbacks, draft_nodes, tunes=not random_weights)
+    return LoadedModel(
+        built.model,
+        tokenizer,
+        recipe,
+        ends,
+        [*notes, *built.fallbacks, *(helper.fallbacks if helper else ())],
+        draft_nodes,
+        tunes=not random_weights,  # random streams are never right: there is nothing to tune for
+        assistant=helper.model if helper else None,
+    )
 
 
 @torch.no_grad()
-def _check_finite(model: Any, recipe: Recipe) -> None:
+def _check_finite(model: Any, recipe: Recipe, name: str) -> None:
     """Raises ValueError if a short pass already gives infinite or undefined logits."""
     ids = torch.arange(min(8, model.config.vocab_size), device=model.device)[None]
     if not bool(torch.isfinite(model(input_ids=ids, use_cache=False).logits).all()):
         advice = (
-            "use --dtype bfloat16 or float32" if recipe.dtype == "float16" else "the checkpoint is damaged"
+            "use --dtype bfloat16 or float32"
+            if recipe.dtype == "float16"
+            else f"the {name}'s checkpoint is damaged"
         )
-        raise ValueError(f"the model's logits are not finite in {recipe.dtype}; {advice}.")
+        raise ValueError(f"the {name}'s logits are not finite in {recipe.dtype}; {advice}.")

@@ -1,7 +1,7 @@
 """A loader without torch: answers follow from the prompt alone, and faults are ordered through a file.
 
 `FAKE_FAULTS` names a JSON file: technique's recipe decoder+drafts -> fault -> list of request numbers, counted over all
-processes in a file beside it. Faults: `die`, `hang`, `oom`, `device`, `error`, `refuse` (at load).
+processes in a file beside it. Faults: `die`, `hang`, `oom`, `full`, `device`, `error`, `refuse` (at load).
 """
 
 import hashlib
@@ -35,9 +35,11 @@ def describe_machine(device):
     }
 
 
-def load(recipe, checkpoint, device, *, draft_nodes, random_weights):
+def load(recipe, checkpoint, device, *, assistant, draft_nodes, random_weights):
     print("a library that prints on stdout")  # noqa: T201 - must not reach the protocol
     model = FakeModel(recipe)
+    if recipe["drafts"] == "assistant":
+        model.weight_bytes += len(Path(assistant, "config.json").read_bytes())
     model.fault("load")
     return model
 
@@ -56,6 +58,8 @@ class FakeModel:
         self.recipe = recipe
         self.dtype = recipe["dtype"]
         self.draft_nodes, self.draft_source = (3, "tuned") if recipe["drafts"] else (None, None)
+        graphs = recipe["decoder"] == "engine"
+        self.runner, self.capture_s, self.capture_bytes = ("cuda graph", 0.5, 64) if graphs else (None,) * 3
         self.name = f"{recipe['decoder']}:{recipe['drafts'] or 'none'}"
         self.tokenizer = Letters()
 
@@ -79,6 +83,11 @@ class FakeModel:
 
     def _oom(self):
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def _full(self):
+        raise MemoryError(
+            "the KV cache of 2 prompts needs 9 bytes (0.0 GiB), and 3 (0.0 GiB) are free on cuda."
+        )
 
     def _device(self):
         raise RuntimeError("CUDA error: device-side assert triggered")

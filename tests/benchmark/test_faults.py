@@ -22,6 +22,7 @@ def bench(tmp_path, monkeypatch, capsys):
     ("fault", "status", "words"),
     [
         ("oom", "oom", "out of memory"),
+        ("full", "oom", "needs 9 bytes (0.0 GiB), and 3"),
         ("device", "error", "device-side assert"),
         ("die", "error", "killed by SIGKILL"),
         ("error", "error", "cannot do that"),

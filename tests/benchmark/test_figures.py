@@ -8,6 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmark import figures
+from benchmark.describe import dataset_label
+from benchmark.figure_parts import speed_interval
 from benchmark.saved_run import SavedRun, load_run
 
 SAVED = Path(__file__).parents[1] / "data" / "saved_run"
@@ -35,16 +37,35 @@ def draw(name: str, run: SavedRun) -> Figure:
     return figure
 
 
+def with_sizes(run: SavedRun, *sizes: int, **fields: object) -> SavedRun:
+    """Returns the run with its rows at further batch sizes, twice as fast for each prompt more."""
+    more = (
+        {**row, "batch_size": size, "tokens_per_s": row["tokens_per_s"] * 2 * size, "tokens_per_s_ci95": None}
+        | fields
+        for size in sizes
+        for row in run.rows
+    )
+    return replace(run, rows=(*run.rows, *more))
+
+
 def test_a_full_run_fills_every_figure(run, tmp_path):
-    assert missing(run, tmp_path) == dict.fromkeys(figures.FIGURES)
+    assert missing(with_sizes(run, 4), tmp_path) == dict.fromkeys(figures.FIGURES)
     assert {path.stem for path in tmp_path.iterdir()} == set(figures.FIGURES)
 
 
 def test_no_successful_cell_is_said_in_every_figure(run, tmp_path):
-    failed = replace(changed(run, status="oom", tokens_per_s=None), sweep=(), prompts=())
+    failed = replace(changed(with_sizes(run, 4), status="oom", tokens_per_s=None), prompts=())
+    failed = replace(failed, sweep=tuple({**point, "tokens_per_s": None} for point in run.sweep))
     reasons = missing(failed, tmp_path)
+    assert set(reasons) == set(figures.FIGURES)
     assert all(reasons.values())
     assert "No cell" in str(reasons["tokens_per_s"])
+
+
+def test_what_a_run_was_not_asked_for_leaves_no_file(run, tmp_path):
+    missing(with_sizes(run, 4), tmp_path)  # an earlier run of the same name
+    assert set(missing(replace(run, sweep=()), tmp_path)) == {"tokens_per_s", "step_time", "prompts"}
+    assert {path.stem for path in tmp_path.iterdir()} == {"tokens_per_s", "step_time", "prompts"}
 
 
 def test_a_run_without_rows_renders(run, tmp_path):
@@ -53,7 +74,6 @@ def test_a_run_without_rows_renders(run, tmp_path):
 
 def test_each_missing_part_empties_its_own_figure_only(run, tmp_path):
     assert set(missing_names(changed(run, breakdown_s=None), tmp_path)) == {"step_time"}
-    assert set(missing_names(replace(run, sweep=()), tmp_path)) == {"acceptance_sweep"}
     assert set(missing_names(replace(run, prompts=()), tmp_path)) == {"prompts"}
 
 
@@ -67,9 +87,30 @@ def test_one_prompt_and_a_failed_cell_render(run, tmp_path):
 
 
 def test_several_batch_sizes_get_a_panel_each(run):
-    rows = (*run.rows, *({**row, "batch_size": 4} for row in run.rows))
-    assert len(draw("tokens_per_s", replace(run, rows=rows)).axes) == 2
+    assert len(draw("tokens_per_s", with_sizes(run, 4)).axes) == 2
     assert len(draw("tokens_per_s", run).axes) == 1
+
+
+def test_throughput_is_a_line_a_technique_over_doubling_batches(run):
+    sized = with_sizes(run, 4, 16)
+    panels = draw("throughput", sized).axes
+    assert [axes.get_title(loc="left") for axes in panels] == [dataset_label(name) for name in sized.datasets]
+    for dataset, axes in zip(sized.datasets, panels, strict=True):
+        assert axes.get_xscale() == "log"
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "4", "16"]
+        assert [line.get_label() for line in axes.lines] == list(sized.techniques)
+        for name, line in zip(sized.techniques, axes.lines, strict=True):
+            expected = [sized.row(name, dataset, size)["tokens_per_s"] for size in (1, 4, 16)]
+            assert list(line.get_xdata()) == [1, 4, 16]
+            assert list(line.get_ydata()) == pytest.approx(expected)
+
+
+def test_throughput_leaves_a_gap_where_a_batch_was_not_measured(run):
+    sized = with_sizes(run, 4, status="oom", tokens_per_s=None)
+    line = draw("throughput", sized).axes[0].lines[0]
+    speed, gap = line.get_ydata()
+    assert speed == run.rows[0]["tokens_per_s"]
+    assert gap != gap
 
 
 def test_the_bars_are_the_rows_speeds(run):
@@ -96,9 +137,9 @@ def test_a_bar_far_beyond_the_others_is_cut_and_says_so(run):
 
 def test_an_own_interval_wins_over_the_scaled_one():
     row = {"tokens_per_s": 100.0, "speedup": 2.0, "speedup_ci95": [1.8, 2.2]}
-    assert figures.speed_interval(row) == pytest.approx((90.0, 110.0))
-    assert figures.speed_interval({**row, "tokens_per_s_ci95": [95, 104]}) == (95.0, 104.0)
-    assert figures.speed_interval({**row, "speedup_ci95": None}) is None
+    assert speed_interval(row) == pytest.approx((90.0, 110.0))
+    assert speed_interval({**row, "tokens_per_s_ci95": [95, 104]}) == (95.0, 104.0)
+    assert speed_interval({**row, "speedup_ci95": None}) is None
 
 
 def test_a_technique_keeps_its_colour_whatever_else_is_in_the_run():

@@ -78,6 +78,21 @@ def test_the_draft_tree_and_who_chose_it():
     assert (naive.draft_nodes, naive.draft_source) == (None, None)
 
 
+def test_the_runner_and_what_its_graphs_cost():
+    """A worker that had to start anew captures anew, and a call that fell back to eager steps is the exception."""
+    answers = [a_record("naive", f"p{index}", [1, 2, 3]) for index in range(3)]
+    for index, (runner, seconds) in enumerate((("cuda graph", 0.5), ("cuda graph", 0.75), ("eager", 0.0))):
+        graph = {"runner": runner, "capture_s": seconds, "capture_bytes": int(100 * seconds)}
+        reasons = ("no graph: why",) if runner == "eager" else ()
+        answers.append(a_record("static", f"p{index}", [1, 2, 3], fallbacks=reasons, **graph))
+    loaded = {"static": {"fallbacks": ["no graph: why"]}}
+    rows = rows_of(a_plan(names=("naive", "static"), prompts=3), answers, loaded=loaded)
+    static, naive = rows["static", 0], rows["naive", 0]
+    assert (static.runner, static.capture_s, static.capture_bytes) == ("cuda graph", 0.75, 75)
+    assert static.fallbacks == ("no graph: why",)
+    assert (naive.runner, naive.capture_s, naive.capture_bytes) == (None, None, None)
+
+
 def test_the_median_over_repeats():
     plan = a_plan(names=("naive",), prompts=1, repeats=3)
     records = [

@@ -17,6 +17,7 @@ LOAD = {
     "recipe": RECIPE,
     "checkpoint": "none",
     "device": "cpu",
+    "assistant": None,
     "draft_nodes": "auto",
     "random_weights": False,
 }
@@ -57,6 +58,7 @@ def test_a_request_is_timed_by_the_worker_s_clock_around_generate_alone():
     answer = session.generate(["a prompt"], LIMITS)
     assert answer["wall_s"] == 1.0
     assert (answer["draft_nodes"], answer["draft_source"]) == (3, "tuned")
+    assert (answer["runner"], answer["capture_s"], answer["capture_bytes"]) == ("cuda graph", 0.5, 64)
     assert session.clock() == 5.0  # two looks to load, two to generate, this one
 
 
@@ -94,6 +96,8 @@ def test_messages_are_one_line_without_secrets(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "topsecrettoken")
     assert describe(ValueError("two\nlines topsecrettoken")) == "two lines <redacted>"
     assert describe(KeyError("x")) == "KeyError: 'x'"
+    assert describe(MemoryError("9 bytes needed")) == "9 bytes needed"
+    assert describe(MemoryError()) == "MemoryError"
 
 
 def test_stray_prints_go_to_the_log(worker):

@@ -1,5 +1,6 @@
-"""Tiny random checkpoints as stock transformers saves them, with a byte-level tokenizer."""
+"""Tiny random checkpoints as stock transformers saves them, with a byte-level tokenizer and an assistant inside."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from huggingface.transformers.models.spec_stream import load_streaming, stock_class
+from tests.models.loaders import ASSISTANT, POSITIONS
 
-POSITIONS = 96
 END = "<|endoftext|>"
 
 
@@ -53,9 +54,21 @@ def stock_checkpoint(architecture, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp(f"stock_{architecture}")
     torch.manual_seed(1)
     config = tiny_config(architecture)
-    stock_class(config)(config).save_pretrained(directory)
+    model = stock_class(config)(config)
+    model.save_pretrained(directory)
     save_tokenizer(directory)
+    save_assistant(model, directory / ASSISTANT)
     return directory
+
+
+def save_assistant(model, directory: Path, noise: float = 0.04) -> None:
+    """Saves a model that often says what another says, and often not: its weights, disturbed. It has no tokenizer."""
+    other = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    other.save_pretrained(directory)
 
 
 @pytest.fixture(scope="session")
@@ -66,4 +79,5 @@ def stream_checkpoint(stock_checkpoint, tmp_path_factory) -> Path:
     fields = {"streams": 2, "stream_layers": 1, "transition_rank": 4, "lora_rank": 2}
     load_streaming(str(stock_checkpoint), stream_fields=fields).save_pretrained(directory)
     save_tokenizer(directory)
+    shutil.copytree(stock_checkpoint / ASSISTANT, directory / ASSISTANT)
     return directory

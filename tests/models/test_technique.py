@@ -149,10 +149,10 @@ def test_flash_is_unavailable_with_a_reason():
     assert unavailable("spec_stream", CPU) is None
 
 
-@pytest.mark.parametrize("drafting", ["spec_stream", "prompt_lookup"])
+@pytest.mark.parametrize("drafting", ["spec_stream", "prompt_lookup", "assisted"])
 def test_twin_is_the_recipe_without_drafts(drafting):
     twin = fold(drafting, machine=CPU).without_drafts()
-    plain = fold({"spec_stream": "static", "prompt_lookup": "kv_cache"}[drafting], machine=CPU)
+    plain = fold("static" if drafting == "spec_stream" else "kv_cache", machine=CPU)
     assert twin == plain
     assert twin.digest == plain.digest != fold(drafting, machine=CPU).digest
 

@@ -50,6 +50,14 @@ def test_an_unknown_flag_names_the_nearest(capsys):
         ([*SCRATCH, "--data_weights", "spider"], "spider=2"),
         ([*SCRATCH, "--datasets", "none"], "nothing to train on"),
         ([*SCRATCH, "--model_name_or_path", "x"], "--mode joint"),
+        ([*SCRATCH, "--bf16_weights", "--bf16"], "--bf16_weights does not go with --bf16"),
+        (
+            ["--mode", "adapter", "--output_dir", "x", "--model_name_or_path", "x", "--bf16_weights"],
+            "--mode adapter",
+        ),
+        ([*SCRATCH, "--adapter_targets", "references"], "--adapter_targets"),
+        ([*SCRATCH, "--batch_rows", "0"], "--batch_rows must be 1 or more"),
+        ([*SCRATCH, "--adam_beta2", "1"], "--adam_beta2 must lie between 0 and 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, said, capsys):

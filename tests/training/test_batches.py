@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.batches import IGNORE, Collator, LengthGroupedSampler
+from training.batches import IGNORE, Collator
 from training.tokens import Encoded, pack
 
 # Two examples: prompt 10 11 12, completion 20 21 22 0 (0 ends); prompt 13, completion 23 0.
@@ -59,46 +59,3 @@ def test_labels_follow_the_definition_on_random_examples():
         for row in range(len(prompt) - 1, len(ids) - 2):
             expected.append([ids[row + 1 + j] if row + 1 + j < len(ids) else IGNORE for j in (1, 2, 3)])
     assert batch["stream_labels"].tolist() == expected
-
-
-def sampler(weights=(1.0, 1.0), seed=0, group=4) -> LengthGroupedSampler:
-    lengths = np.random.default_rng(1).integers(5, 200, size=400)
-    set_ids = np.repeat([0, 1], 200)
-    return LengthGroupedSampler(lengths, group, seed, np.array(weights)[set_ids], set_ids)
-
-
-def test_an_epoch_holds_every_example_once():
-    assert sorted(sampler()) == list(range(400))
-
-
-def test_groups_are_of_like_length():
-    drawn = sampler()
-    order = np.array(list(drawn)).reshape(-1, 4)
-    spread = np.ptp(drawn.lengths[order], axis=1).mean()
-    assert spread < 10  # 78 if drawn at random
-
-
-def test_the_longest_group_comes_first():
-    drawn = sampler()
-    assert drawn.lengths[next(iter(drawn))] == drawn.lengths.max()
-
-
-def test_order_depends_on_seed_and_epoch_alone():
-    one, two = sampler(), sampler()
-    assert list(one) == list(two)
-    torch.manual_seed(5)
-    np.random.seed(5)
-    assert list(one) == list(two)
-    two.set_epoch(1)
-    assert list(one) != list(two)
-    assert list(one) != list(sampler(seed=1))
-
-
-def test_weights_repeat_a_set():
-    drawn = sampler(weights=(2.5, 0.5))
-    order = np.array(list(drawn))
-    assert len(order) == len(drawn) == 600
-    counts = np.bincount(order, minlength=400)
-    assert set(counts[:200].tolist()) == {2, 3}
-    assert counts[:200].sum() == 500
-    assert counts[200:].sum() == 100

@@ -16,7 +16,7 @@ from training.arguments import TrainingFlags
 from training.checkpoints import last_complete
 from training.errors import DivergedError
 from training.objective import StreamObjective
-from training.run import run
+from training.run import base_reference, cast_weights, run
 
 from .conftest import TINY_NEO, text_pairs, write_rows
 
@@ -110,7 +110,15 @@ def test_the_loss_falls(scratch, caplog):
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "save_steps": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "save_steps": 3},
+        {"bf16_weights": True, "learning_rate": 1e-2},
+        {"batch_rows": 120},
+    ],
+)
 def test_a_resumed_run_equals_an_uncut_one(scratch, changes):
     whole = run(scratch("whole", **changes))
     cut = scratch("cut", **changes)
@@ -151,19 +159,44 @@ def test_adapters_leave_the_base_as_it_was(tmp_path, own_file, stock_llama):
     torch.testing.assert_close(stock(ids).logits, streaming(ids).logits, rtol=0, atol=0)
 
 
-def test_adapters_can_be_saved_without_their_base(tmp_path, own_file, stock_llama):
-    flags = flags_for(
-        "adapter",
-        tmp_path / "out",
-        train_file=own_file,
-        model_name_or_path=str(stock_llama),
-        streams_only=True,
-    )
-    folder = run(flags)
-    assert all(name.startswith("streams.") for name in weights(folder))
+def streams_alone(folder: Path, own_file: Path, base: Path) -> Path:
+    changes = {"train_file": own_file, "model_name_or_path": str(base), "streams_only": True}
+    return run(flags_for("adapter", folder, **changes))
+
+
+def assert_whole(folder: Path, base: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder)
-    base = weights(stock_llama)
-    assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in base.items())
+    assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in weights(base).items())
+
+
+def test_adapters_can_be_saved_without_their_base(tmp_path, own_file, stock_llama):
+    folder = streams_alone(tmp_path / "out", own_file, stock_llama)
+    assert all(name.startswith("streams.") for name in weights(folder))
+    assert_whole(folder, stock_llama)
+
+
+def test_streams_and_their_base_move_together(tmp_path, own_file, stock_llama):
+    folder = streams_alone(tmp_path / "out", own_file, stock_llama)
+    assert json.loads((folder / "config.json").read_text())["base_model_name_or_path"] == "../llama"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = shutil.move(folder, elsewhere / "out")
+    with pytest.raises(ValueError, match=r"need their base model.*does not exist"):
+        AutoModelForCausalLM.from_pretrained(moved)
+    base = shutil.move(stock_llama, elsewhere / "llama")
+    assert_whole(moved, base)
+
+
+def test_a_base_from_another_tree_keeps_its_whole_path(tmp_path, stock_llama):
+    flags = flags_for(
+        "adapter", tmp_path / "deep" / "out", model_name_or_path=str(stock_llama), datasets=("spider",)
+    )
+    assert base_reference(flags) == str(stock_llama.resolve())
+
+
+def test_a_hub_id_stays_as_it_is(tmp_path):
+    flags = flags_for("adapter", tmp_path / "out", model_name_or_path="owner/model", datasets=("spider",))
+    assert base_reference(flags) == "owner/model"
 
 
 def test_joint_trains_the_base_too(tmp_path, own_file, stock_llama):
@@ -212,6 +245,53 @@ def test_the_clock_stops_a_run(scratch):
     state = json.loads((last_complete(folder) / "trainer_state.json").read_text())
     assert 0 < state["global_step"] < 5000
     assert state["log_history"][-1]["learning_rate"] < 5e-4
+
+
+def test_no_checkpoints_are_written_where_none_are_wanted(scratch):
+    folder = run(scratch(save_steps=0, max_steps=None, max_train_minutes=0.01, calibration_prompts=0))
+    assert not list(folder.glob("checkpoint-*"))
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_bfloat16_weights_learn_and_are_saved_from_their_float32_copies(scratch, caplog):
+    changes = {"max_steps": 60, "learning_rate": 1e-2, "logging_steps": 10, "save_steps": 0}
+    with caplog.at_level(logging.INFO):
+        saved = weights(run(scratch(bf16_weights=True, eval_steps=0, calibration_prompts=0, **changes)))
+    losses = [float(line.split("loss ")[1].split(" ")[0]) for line in caplog.messages if " loss " in line]
+    assert losses[-1] < 0.6 * losses[0]
+    weight = saved["transformer.h.0.mlp.c_fc.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_a_budget_of_rows_changes_the_batches_alone(scratch, caplog):
+    changes = {"max_steps": 60, "learning_rate": 1e-2, "logging_steps": 10, "save_steps": 0}
+    with caplog.at_level(logging.INFO):
+        run(scratch(batch_rows=100, eval_steps=0, calibration_prompts=0, **changes))
+    losses = [float(line.split("loss ")[1].split(" ")[0]) for line in caplog.messages if " loss " in line]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_compiling_does_not_take_lora(scratch):
+    with pytest.raises(ValueError, match="lora_rank"):
+        run(scratch(compile=True, lora_rank=2))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_equals_the_plain_one(scratch):
+    changes = {"eval_steps": 0, "calibration_prompts": 0, "save_steps": 0}
+    plain = weights(run(scratch("plain", **changes)))
+    compiled = weights(run(scratch("compiled", compile=True, **changes)))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_casting_weights_leaves_buffers_alone(stock_llama):
+    model = LlamaForCausalLM.from_pretrained(stock_llama)
+    before = model.model.rotary_emb.inv_freq.clone()
+    cast_weights(model, torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
 def test_prompts_that_never_fit_are_an_error(scratch):

@@ -104,9 +104,13 @@ class Sequences:
         """Returns how deep the next tree may be: no deeper than the tokens still wanted, and within the positions."""
         active = [row for row, reason in enumerate(self._reasons) if reason is None]
         committed = self.committed()
-        wanted = max(self.rule.max_new_tokens - self.counts[row] for row in active)
         positions = min(self.limit - committed[row] for row in active)
-        return min(wanted, positions) - 1
+        return min(self.wanted(), positions) - 1
+
+    def wanted(self) -> int:
+        """Returns how many tokens the running sequence that wants most may still emit."""
+        active = [row for row, reason in enumerate(self._reasons) if reason is None]
+        return max((self.rule.max_new_tokens - self.counts[row] for row in active), default=0)
 
     def extend(self, tokens: list[list[int]]) -> list[int]:
         """Adds tokens to running sequences until a stop rule ends them; returns how many each gained."""
@@ -141,9 +145,13 @@ class Sequences:
         """Returns whether the last extension ended a sequence."""
         return self._changed
 
+    def ended(self) -> list[bool]:
+        """Returns which sequences have ended."""
+        return [reason is not None for reason in self._reasons]
+
     def finished_mask(self, device: torch.device) -> torch.Tensor:
         """Returns (batch,) bool."""
-        return torch.tensor([reason is not None for reason in self._reasons], device=device)
+        return torch.tensor(self.ended(), device=device)
 
     def histories(self) -> list[list[int]]:
         """Returns each sequence as upstream's processors see it: the input row, padding included, and what was emitted."""

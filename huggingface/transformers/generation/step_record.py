@@ -47,6 +47,10 @@ class GenerationStatistics:
         kv_bytes: bytes of the cache.
         draft_nodes: nodes of the tree that was planned, root included.
         phases_s: seconds of each phase over the call, only in a run that records phases.
+        runner: `cuda graph` where each step is one replay of a captured graph, else `eager`.
+        fallbacks: why the runner is not the one that this device could have.
+        capture_s: seconds spent capturing graphs for this call; no part of its times if they were prepared before.
+        capture_bytes: device memory that the captured graphs hold.
     """
 
     prompt_tokens: list[int]
@@ -57,6 +61,10 @@ class GenerationStatistics:
     kv_bytes: int = 0
     draft_nodes: int = 1
     phases_s: dict[str, float] | None = None
+    runner: str = "eager"
+    fallbacks: list[str] = field(default_factory=list)
+    capture_s: float = 0.0
+    capture_bytes: int = 0
 
     @property
     def acceptance_length(self) -> float | None:

@@ -35,6 +35,8 @@ SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 """Node budgets that tuning tries."""
 LARGEST_ON_CPU = 32
 """Largest of them tried on a CPU, where a step's cost grows with its rows from the start."""
+BEAM = 8
+"""Candidates that a tree grown on the device expands at each depth."""
 CONTEXT = 256
 """Committed tokens before the steps that are measured: a prompt of the benchmark's sets and half an answer."""
 WARMUP_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 2, 5, 12
@@ -54,11 +56,16 @@ class DraftPlan:
         shape: the tree.
         keep: nodes that survive pruning before streams are added; `None` for no pruning.
         source: where the size came from: `tuned`, `default`, `given` or `plain`.
+        beam: candidates that a tree grown on the device expands at each depth, and children of each; 1 is a chain. `None`: the
+            tree has the shape's own parents in every step. A grown tree takes from the shape its nodes and its streams.
+        lookup: tokens that a grown tree may copy from the context after an n-gram seen before; 0 for none.
     """
 
     shape: TreeShape
     keep: int | None = None
     source: str = "given"
+    beam: int | None = None
+    lookup: int = 0
 
     @classmethod
     def plain(cls) -> DraftPlan:
@@ -206,7 +213,8 @@ def plan_for(model, draft_nodes: int | None = None, batch: int = 1) -> DraftPlan
         source = "tuned" if tuned else "default"
         draft_nodes = tuned or DEFAULT_NODES.get(model.device.type, DEFAULT_NODES["cpu"])
     shape, _ = grow_tree(rank_accuracy(model), draft_nodes, streams)
-    return DraftPlan(shape, _kept(model, draft_nodes), source)
+    beam = BEAM if model.device.type == "cuda" else None
+    return DraftPlan(shape, _kept(model, draft_nodes), source, beam)
 
 
 def _kept(model, nodes: int) -> int | None:

@@ -63,9 +63,20 @@ class StreamCheckpointMixin:
 
 
 def _beside(directory: str | os.PathLike, base: str) -> str:
-    """Returns the base model's path; a relative one is looked up beside the streams first."""
+    """Returns the base model's path or hub id; a relative path starts at the streams' directory.
+
+    Raises:
+        ValueError: for a path that leads nowhere.
+    """
     candidate = Path(directory) / base
-    return str(candidate.resolve()) if candidate.is_dir() else base
+    if candidate.is_dir():
+        return str(candidate.resolve())
+    if Path(base).is_absolute() or base.startswith("."):
+        raise ValueError(
+            f"the streams in {directory} need their base model, and {candidate} does not exist; put it there, or point "
+            "base_model_name_or_path in config.json at it."
+        )
+    return base
 
 
 def _check_same_base(config, base_config, families: set[str], directory, base_path: str) -> None:

@@ -20,6 +20,7 @@ from ...integrations.sdpa_kernels import shape_agnostic_kernels
 from ...masking_utils import attention_mask_from, visible_between, visible_with_streams
 from .checkpoint import StreamCheckpointMixin
 from .configuration_spec_stream import StreamConfig
+from .fused_layers import LayerNames
 from .streams import Streams, init_streams
 
 Masks = dict[int | None, torch.Tensor | None]
@@ -29,10 +30,11 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
     """Mixin for a stock `...ForCausalLM`: streams, the walk, and generation that speculates.
 
     An architecture file puts it in front of the stock class and says where the parts are: `decoder_layers`, `embed_rows`,
-    `run_layer`, `final_norm`, and where it has them `rotary` and `layer_window`.
+    `run_layer`, `last_norm`, and where it has them `rotary` and `layer_window`.
     """
 
     stream_linears: tuple[str, ...] = ()
+    layer_names: LayerNames | None = None
     _tables: tuple[torch.Tensor, torch.Tensor] | None = None
     _tables_source: tuple[int, ...] | None = None
 
@@ -74,9 +76,30 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         """Returns (batch, rows, hidden) after one layer; its keys and values go to `cache` if given."""
         raise TypeError(f"{type(self).__name__} must say how it runs a layer.")
 
+    def last_norm(self) -> nn.Module:
+        """Returns the normalisation in front of the language-model head."""
+        raise TypeError(f"{type(self).__name__} must say which norm is its last.")
+
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the normalised states that the language-model head reads."""
-        raise TypeError(f"{type(self).__name__} must say which norm is its last.")
+        return self.last_norm()(hidden)
+
+    def head_size(self) -> int:
+        """Returns the features of an attention head."""
+        size = getattr(self.config, "head_dim", None)
+        return size or self.config.hidden_size // self.config.num_attention_heads
+
+    def attention_scaling(self) -> float:
+        """Returns the factor on attention scores."""
+        return self.head_size() ** -0.5
+
+    def mlp_activation(self) -> str:
+        """Returns the name of the MLP's activation, as the configuration spells it."""
+        raise TypeError(f"{type(self).__name__} must say which activation its MLP has.")
+
+    def lora_of(self, index: int, name: str) -> nn.Module | None:
+        """Returns the gated update of one linear of a layer, or `None`."""
+        return self.streams.lora_of(index, name) if self.streams is not None else None
 
     # The walk.
     @property
@@ -213,10 +236,10 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
 
     def transition_bias(self, parent_tokens: torch.Tensor) -> torch.Tensor:
         """Returns (..., vocab) logits that every token gains from (...) int64 tokens before it: `A E[parent] . B H[token]`."""
-        parents, tokens = self._transition_tables()
+        parents, tokens = self.transition_tables()
         return F.linear(F.embedding(parent_tokens, parents), tokens)
 
-    def _transition_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def transition_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns `A E` and `B H`, each (vocab, rank); kept between calls while no factor changes and no gradient is wanted."""
         embedding, head = self.get_input_embeddings().weight, self.get_output_embeddings().weight
         factors = (self.streams.transition_in, self.streams.transition_out)

@@ -65,8 +65,13 @@ class Streams(nn.Module):
                     name
                 )  # an nn.Linear, or what quantisation made of it
                 lora = GatedLora(linear.in_features, linear.out_features, self.config.lora_rank)
-                self.lora[f"{index}_{name.replace('.', '_')}"] = lora
+                self.lora[_lora_key(index, name)] = lora
                 linear.register_forward_hook(partial(self._add_update, lora))
+
+    def lora_of(self, index: int, name: str) -> nn.Module | None:
+        """Returns the update of the linear `name` of layer `index`, or `None`."""
+        key = _lora_key(index, name)
+        return self.lora[key] if key in self.lora else None  # noqa: SIM401 - a ModuleDict has no get
 
     def _add_update(
         self, lora: GatedLora, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor
@@ -93,6 +98,10 @@ class Streams(nn.Module):
     def pruning_state(self, nodes: torch.Tensor) -> torch.Tensor:
         """Returns (batch, nodes, hidden) states to read early next-token scores from, before the final norm and the LM head."""
         return nodes + self.pruning_up(F.silu(self.pruning_down(nodes)))
+
+
+def _lora_key(index: int, name: str) -> str:
+    return f"{index}_{name.replace('.', '_')}"
 
 
 def init_streams(module: nn.Module, std: float) -> None:

@@ -9,6 +9,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoForCausalLM
 
 from ...gpt_neo.modeling_gpt_neo import SpecGPTNeoForCausalLM
 from ..configuration_spec_stream import StreamFields
+from ..fused_layers import LayerNames
 from ..modeling_spec_stream import StreamDecoder
 
 
@@ -32,6 +33,14 @@ class StreamGPTNeoForCausalLM(StreamDecoder, SpecGPTNeoForCausalLM):
         "mlp.c_fc",
         "mlp.c_proj",
     )
+    layer_names = LayerNames(
+        norm="ln_1",
+        projections=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+        output="attn.attention.out_proj",
+        mlp_norm="ln_2",
+        expand=("mlp.c_fc",),
+        contract="mlp.c_proj",
+    )
 
     def decoder_layers(self) -> nn.ModuleList:
         return self.transformer.h
@@ -45,5 +54,11 @@ class StreamGPTNeoForCausalLM(StreamDecoder, SpecGPTNeoForCausalLM):
     def run_layer(self, index, hidden, mask, rotary, cache):
         return self.transformer.h[index](hidden, attention_mask=mask, layer_past=cache)[0]
 
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.transformer.ln_f(hidden)
+    def last_norm(self) -> nn.Module:
+        return self.transformer.ln_f
+
+    def attention_scaling(self) -> float:
+        return 1.0
+
+    def mlp_activation(self) -> str:
+        return self.config.activation_function

@@ -8,6 +8,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ..configuration_spec_stream import StreamFields
+from ..fused_layers import LayerNames
 from ..modeling_spec_stream import StreamDecoder
 
 
@@ -32,6 +33,14 @@ class StreamLlamaForCausalLM(StreamDecoder, LlamaForCausalLM):
         "mlp.up_proj",
         "mlp.down_proj",
     )
+    layer_names = LayerNames(
+        norm="input_layernorm",
+        projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        output="self_attn.o_proj",
+        mlp_norm="post_attention_layernorm",
+        expand=("mlp.gate_proj", "mlp.up_proj"),
+        contract="mlp.down_proj",
+    )
 
     def decoder_layers(self) -> nn.ModuleList:
         return self.model.layers
@@ -47,5 +56,8 @@ class StreamLlamaForCausalLM(StreamDecoder, LlamaForCausalLM):
             hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache
         )
 
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.model.norm(hidden)
+    def last_norm(self) -> nn.Module:
+        return self.model.norm
+
+    def mlp_activation(self) -> str:
+        return self.config.hidden_act

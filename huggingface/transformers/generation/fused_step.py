@@ -1,0 +1,224 @@
+"""The decode step on fused kernels: fixed buffers, no host work, the same phases as `decode_step.py`.
+
+A tree has no host-side shape here: it is grown on the device, best first, so its parents, depths and ancestor bits are tensors.
+Everything that varies between steps (lengths, tokens, the tree) lives in buffers with fixed addresses, so that a step can be
+captured once and replayed. The order of the phases is turned by one::
+
+    prefill  draft | forward  verify  commit  draft | forward  verify  commit  draft | ...
+
+What a step emits is known after `verify`; while the host reads it, the device commits and drafts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..cache_utils import StaticTreeCache
+from ..integrations.context_lookup import lookup_continuation
+from ..integrations.fused_norm import add_norm
+from ..integrations.skinny_linear import linear
+from ..integrations.tree_acceptance import (
+    BestTokensWorkspace,
+    StepState,
+    accept_and_advance,
+    best_tokens,
+    commit_rows,
+)
+from ..integrations.tree_attention import AttentionWorkspace, StepRows
+from ..integrations.tree_drafting import DraftWorkspace, TreeTensors, draft_tree
+from ..models.spec_stream.fused_layers import FusedLayers
+from .tree_tuning import DraftPlan
+from .verification import Rule
+
+
+class FusedStep:
+    """Buffers and phases of decoding a batch.
+
+    Args:
+        model: decoder with streams whose layers can be fused.
+        layers: its fused layers.
+        batch: sequences.
+        capacity: committed rows a sequence can have.
+        plan: what to draft.
+        rule: how the target picks tokens; one that looks at scores alone.
+    """
+
+    def __init__(
+        self, model: Any, layers: FusedLayers, batch: int, capacity: int, plan: DraftPlan, rule: Rule
+    ):
+        device, dtype = model.device, model.dtype
+        self.model, self.layers, self.plan, self.rule = model, layers, plan, rule
+        self.nodes = plan.shape.nodes
+        self.streams = plan.shape.streams if self.nodes > 1 else 0
+        self.depth = max(self.streams, plan.lookup) if self.nodes > 1 else 0
+        # A finished sequence may take two steps more before the host says so.
+        self.cache = StaticTreeCache.for_model(model, batch, capacity, self.nodes + 2 * (self.depth + 1))
+        slots = self.cache.capacity + self.cache.scratch
+
+        def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        hidden = model.config.hidden_size
+        states = (
+            torch.zeros(batch, self.streams, hidden, dtype=dtype, device=device) if self.streams else None
+        )
+        self.state = StepState(
+            root=integers(batch),
+            lengths=integers(batch),
+            finished=integers(batch, dtype=torch.bool),
+            stream_hidden=states,
+            history=integers(batch, slots) if plan.lookup else None,
+            base=integers(batch),
+        )
+        self.tree = TreeTensors.allocate(batch, self.nodes, device)
+        self.packed = integers(batch, self.depth + 2)
+        self.path = integers(batch, self.depth + 1)
+        self.first = integers(batch, 2)
+        self.zeros = integers(batch)
+        self.continuation = integers(batch, plan.lookup) if plan.lookup else None
+        self.numbers = torch.arange(1, self.streams + 1, device=device)
+        self.workspaces = {self.nodes: self._attention_workspace(self.nodes * (1 + self.streams))}
+        vocab = model.get_output_embeddings().weight.shape[0]
+        self.choosing = {
+            count: BestTokensWorkspace.allocate(batch * count, vocab, device) for count in {1, self.nodes}
+        }
+        self.drafting = self._draft_workspace(batch, device) if self.nodes > 1 else None
+        self.logits = torch.empty(0)
+        self.stream_states: torch.Tensor | None = None
+
+    def _attention_workspace(self, rows: int) -> AttentionWorkspace:
+        keys = self.cache.layers[0].keys
+        batch, kv_heads, slots, size = keys.shape
+        heads = self.model.config.num_attention_heads
+        return AttentionWorkspace.for_step(batch, rows, heads, kv_heads, size, slots, keys.device)
+
+    def _draft_workspace(self, batch: int, device: torch.device) -> DraftWorkspace:
+        model = self.model
+        vocab, rank = model.get_output_embeddings().weight.shape[0], model.streams.config.transition_rank
+        beam = self.plan.beam or 1
+        return DraftWorkspace.allocate(
+            batch, self.streams, vocab, beam, self.nodes, rank, model.dtype, device
+        )
+
+    def prepare_prefill(self, seq: int) -> None:
+        """Makes what prompts of `seq` tokens need and a captured graph must not make."""
+        if seq not in self.workspaces:
+            self.workspaces[seq] = self._attention_workspace(seq + self.streams)
+
+    def prefill(self, prompts: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Runs whole prompts and sets the state to their ends; `first` then holds each first token and whether logits are finite.
+
+        Args:
+            prompts: (batch, seq) int64, padded on the right with any token.
+            lengths: (batch,) int64 tokens of each prompt.
+        """
+        model, streams = self.model, self.streams
+        batch, seq = prompts.shape
+        anchors = lengths - 1
+        positions = torch.arange(seq, device=prompts.device).expand(batch, seq)
+        hidden = model.embed_rows(prompts, positions).contiguous()
+        hidden, update = self._below(hidden, positions, self.zeros, StepRows(seq))
+        rows = StepRows(seq, streams, anchors=anchors)
+        if streams:
+            hidden, update = _settle(hidden, update), None
+            at = anchors[:, None, None].expand(-1, 1, hidden.shape[2])
+            hidden = torch.cat([hidden, model.streams.start(hidden.gather(1, at), streams)], dim=1)
+            positions = torch.cat([positions, anchors[:, None] + self.numbers], dim=1)
+        hidden, update = self._above(hidden, update, positions, self.zeros, rows)
+        states = _settle(hidden, update)
+        last = states.gather(1, anchors[:, None, None].expand(-1, 1, states.shape[2]))
+        states = add_norm(torch.cat([last, states[:, seq:]], dim=1), None, model.last_norm())[0]
+        logits = self._head(states[:, :1])
+        self.first[:, :1] = self._choose(logits)
+        self.first[:, 1] = torch.isfinite(logits).flatten(1).all(dim=1)
+        state = self.state
+        state.root.copy_(self.first[:, 0])
+        state.lengths.copy_(lengths)
+        state.finished.zero_()
+        if state.stream_hidden is not None:
+            state.stream_hidden.copy_(states[:, 1:])
+        if state.history is not None:
+            state.history[:, :seq] = prompts
+            state.history.scatter_(1, lengths[:, None], state.root[:, None])
+
+    def draft(self) -> None:
+        """Grows the tree of the next step."""
+        if self.drafting is None:
+            self.tree.tokens.copy_(self.state.root[:, None])
+            return
+        if self.continuation is not None:
+            lookup_continuation(self.state.history, self.state.lengths, self.state.root, self.continuation)
+        parents, tokens = self.model.transition_tables() if self._biased() else (None, None)
+        draft_tree(
+            self._head(self.state.stream_hidden),
+            self.state.root,
+            parents,
+            tokens,
+            self.tree,
+            self.plan.beam or 1,
+            self.drafting,
+            self.continuation,
+        )
+
+    def forward(self) -> None:
+        """Runs the tree through the model."""
+        model, tree, lengths = self.model, self.tree, self.state.lengths
+        # A sequence at its end must not run past the last position; what it says there is dropped.
+        positions = (lengths[:, None] + tree.depths).clamp(max=model.config.max_position_embeddings - 1)
+        hidden = model.embed_rows(tree.tokens, positions).contiguous()
+        rows = StepRows(self.nodes, 0, tree.ancestors, tree.depths)
+        hidden, update = self._below(hidden, positions, lengths, rows)
+        if self.streams:
+            hidden, update = _settle(hidden, update), None
+            hidden = torch.cat([hidden, model.streams.start(hidden, self.streams)], dim=1)
+            positions = torch.cat([positions, (positions[:, :, None] + self.numbers).flatten(1)], dim=1)
+            rows = StepRows(self.nodes, self.streams, tree.ancestors, tree.depths)
+        hidden, update = self._above(hidden, update, positions, lengths, rows)
+        states = add_norm(hidden, update, model.last_norm())[0]
+        self.logits = self._head(states[:, : self.nodes])
+        self.stream_states = (
+            states[:, self.nodes :].unflatten(1, (self.nodes, self.streams)).contiguous()
+            if self.streams
+            else None
+        )
+
+    def verify(self) -> None:
+        """Accepts the longest path that the target agrees with and moves the state to its end."""
+        chosen = self._choose(self.logits)
+        accept_and_advance(chosen, self.tree, self.stream_states, self.state, self.packed, self.path)
+
+    def commit(self) -> None:
+        """Moves the accepted rows of the cache to their positions."""
+        if self.nodes > 1:
+            blocks = [block for block in (self.cache.below, self.cache.above) if block.shape[0]]
+            commit_rows(blocks, self.path, self.packed, self.state.base, self.state.finished)
+
+    def _below(self, hidden, positions, lengths, rows: StepRows):
+        layers = range(self.model.first_stream_layer)
+        return self._run(layers, hidden, None, positions, lengths, rows)
+
+    def _above(self, hidden, update, positions, lengths, rows: StepRows):
+        layers = range(self.model.first_stream_layer, len(self.layers.layers))
+        return self._run(layers, hidden, update, positions, lengths, rows)
+
+    def _run(self, layers, hidden, update, positions, lengths, rows: StepRows):
+        workspace = self.workspaces[rows.nodes]
+        return self.layers.run(layers, hidden, update, positions, lengths, rows, self.cache, workspace)
+
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
+        head = self.model.get_output_embeddings()
+        return linear(states.contiguous(), head.weight, head.bias)
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self.rule.do_sample and not self.rule.processors:
+            return best_tokens(logits, self.choosing[logits.shape[1]])
+        return self.rule.pick(self.rule.scores(logits, []))
+
+    def _biased(self) -> bool:
+        return bool(self.model.streams.config.transition_rank)
+
+
+def _settle(hidden: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
+    return hidden if update is None else hidden + update

@@ -1,0 +1,255 @@
+"""Captured decoding: one step, one CUDA graph.
+
+Launching a step's two hundred kernels from Python takes longer than running them. A graph is launched at once, and what varies
+between steps (lengths, the tree, tokens) is read from fixed buffers, so one capture serves every step of every call of that
+geometry: (batch, capacity, draft plan, sampling). Prompts are padded to a bucket, with a graph for each.
+
+The host reads a step's tokens from pinned memory as soon as `verify` has them; the copy and its event are a branch of the graph,
+beside which the device commits and drafts. Plain decoding has nothing to do there, so it runs one step ahead of the host instead;
+two graphs take turns, so that no unread token is written over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..integrations import triton_support
+from ..models.spec_stream.fused_layers import FusedLayers, unfused_reason
+from .step_record import PhaseTimer
+from .tree_tuning import DraftPlan
+from .verification import Rule
+
+SMALLEST_PROMPT, SMALLEST_CAPACITY = 64, 512
+"""Least tokens a prompt is padded to, and least committed rows of a cache; both grow by powers of two."""
+KEPT = 3
+"""Runners a model keeps: a benchmark's batch sizes come one after another, plain and drafting in turns."""
+LARGEST_TREE = 64
+"""Nodes whose ancestors fit one 64-bit word."""
+
+
+def uncaptured_reason(model: Any, plan: DraftPlan, rule: Rule) -> str | None:
+    """Returns why decoding cannot be captured, or `None` if it can."""
+    device = model.device
+    if device.type != "cuda":
+        return f"graphs are CUDA's, the model is on {device.type}"
+    reason = triton_support.unavailable(device) or unfused_reason(model)
+    if reason is not None:
+        return reason
+    if rule.needs_prefixes:
+        return "a logits processor looks at the tokens before, on the host"
+    if plan.shape.nodes > LARGEST_TREE:
+        return f"a captured tree has at most {LARGEST_TREE} nodes, not {plan.shape.nodes}"
+    if plan.shape.nodes > 1 and plan.beam is None:
+        return "the plan has a fixed tree, captured trees grow on the device"
+    return None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a captured step is made for.
+
+    Attributes:
+        batch: sequences.
+        capacity: committed rows a sequence can have.
+        longest_prompt: tokens of the longest bucket.
+        plan: what is drafted.
+        rule: name of how tokens are picked.
+        phases: one graph a phase, each timed, instead of one a step.
+        weights: tells one state of the model from another, moved or cast.
+    """
+
+    batch: int
+    capacity: int
+    longest_prompt: int
+    plan: DraftPlan
+    rule: str
+    phases: bool
+    weights: tuple[int, torch.dtype]
+
+
+def geometry_of(
+    model: Any, batch: int, longest: int, room: int, plan: DraftPlan, rule: Rule, phases: bool
+) -> Geometry:
+    """Returns the geometry that serves prompts of `longest` tokens and `room` new ones."""
+    limit = model.config.max_position_embeddings
+    weight = model.get_input_embeddings().weight
+    return Geometry(
+        batch=batch,
+        capacity=_bucket(min(longest + room, limit), SMALLEST_CAPACITY),
+        longest_prompt=min(_bucket(longest, SMALLEST_PROMPT), limit),
+        plan=plan,
+        rule=repr([(type(one).__name__, sorted(vars(one).items(), key=str)) for one in rule.processors])
+        + str(rule.do_sample),
+        phases=phases,
+        weights=(weight.data_ptr(), weight.dtype),
+    )
+
+
+def _bucket(size: int, least: int) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def runner_for(model: Any, geometry: Geometry, rule: Rule) -> GraphRunner:
+    """Returns the model's runner of a geometry; captures it where there is none yet."""
+    runners = model.__dict__.setdefault("_graph_runners", OrderedDict())
+    serving = [known for known in runners if _serves(known, geometry)]
+    if serving:
+        runners.move_to_end(serving[0])
+        return runners[serving[0]]
+    while len(runners) >= KEPT:
+        runners.popitem(last=False)
+    layers = model.__dict__.get("_fused_layers")
+    if layers is None or layers.source != geometry.weights:
+        layers = model.__dict__["_fused_layers"] = FusedLayers(model)
+        layers.source = geometry.weights
+    runners[geometry] = GraphRunner(model, layers, geometry, rule)
+    return runners[geometry]
+
+
+def _serves(known: Geometry, wanted: Geometry) -> bool:
+    return (
+        (known.batch, known.plan, known.rule, known.phases, known.weights)
+        == (wanted.batch, wanted.plan, wanted.rule, wanted.phases, wanted.weights)
+        and known.capacity >= wanted.capacity
+        and known.longest_prompt >= wanted.longest_prompt
+    )
+
+
+@dataclass
+class _Outlet:
+    """Where the host reads a step: pinned tokens, and the event after which they are there."""
+
+    tokens: torch.Tensor
+    ready: Any
+
+
+class GraphRunner:
+    """Captured prefill and steps of one geometry.
+
+    Attributes:
+        capture_s: seconds that capturing took, compilation of kernels included.
+        capture_bytes: device memory that buffers and graphs hold.
+    """
+
+    def __init__(self, model: Any, layers: FusedLayers, geometry: Geometry, rule: Rule):
+        from .fused_step import FusedStep
+
+        started, reserved = time.perf_counter(), torch.cuda.memory_reserved(model.device)
+        self.device = model.device
+        self.geometry = geometry
+        self.step_buffers = FusedStep(model, layers, geometry.batch, geometry.capacity, geometry.plan, rule)
+        self.ahead = 0 if geometry.plan.shape.nodes > 1 or geometry.phases else 1
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._outlets = [self._outlet() for _ in range(self.ahead + 1)]
+        self._prefills = {seq: self._capture_prefill(seq) for seq in self._buckets()}
+        self._steps = [self._capture_step(outlet) for outlet in self._outlets]
+        self._issued = self._read = 0
+        torch.cuda.synchronize(self.device)
+        self.capture_s = time.perf_counter() - started
+        self.capture_bytes = torch.cuda.memory_reserved(self.device) - reserved
+
+    def _outlet(self) -> _Outlet:
+        tokens = torch.zeros(self.step_buffers.packed.shape, dtype=torch.int64).pin_memory()
+        return _Outlet(tokens, torch.cuda.Event(external=True))
+
+    def _buckets(self) -> list[int]:
+        sizes = [SMALLEST_PROMPT]
+        while sizes[-1] < self.geometry.longest_prompt:
+            sizes.append(min(2 * sizes[-1], self.geometry.longest_prompt))
+        return sizes
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Returns the graph of some work. The first run of it compiles kernels and fills caches, which no capture may do."""
+        work()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph
+
+    def _capture_prefill(self, seq: int):
+        buffers = self.step_buffers
+        prompts = torch.zeros(self.geometry.batch, seq, dtype=torch.int64, device=self.device)
+        lengths = torch.ones(self.geometry.batch, dtype=torch.int64, device=self.device)
+        buffers.prepare_prefill(seq)
+
+        def work() -> None:
+            buffers.prefill(prompts, lengths)
+            buffers.draft()
+
+        return prompts, lengths, self._capture(work)
+
+    def _capture_step(self, outlet: _Outlet) -> list[tuple[str, torch.cuda.CUDAGraph]]:
+        buffers = self.step_buffers
+        if self.geometry.phases:
+            phases = ("forward", "verify", "commit", "draft")
+            return [(phase, self._capture(getattr(buffers, phase))) for phase in phases]
+
+        def work() -> None:
+            buffers.forward()
+            buffers.verify()
+            self._publish(outlet)
+            buffers.commit()
+            buffers.draft()
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+
+        self._side = torch.cuda.Stream(self.device)
+        return [("step", self._capture(work))]
+
+    def _publish(self, outlet: _Outlet) -> None:
+        """Copies the step's tokens to the host on a branch beside what follows."""
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            outlet.tokens.copy_(self.step_buffers.packed, non_blocking=True)
+            outlet.ready.record()
+
+    def prefill(self, prompts: torch.Tensor, lengths: torch.Tensor) -> tuple[list[int], bool]:
+        """Starts anew with (batch, seq) prompts of (batch,) lengths; returns first tokens and whether all logits were finite."""
+        seq = min(size for size in self._prefills if size >= prompts.shape[1])
+        held, held_lengths, graph = self._prefills[seq]
+        held[:, : prompts.shape[1]].copy_(prompts, non_blocking=True)
+        held_lengths.copy_(lengths, non_blocking=True)
+        self._issued = self._read = 0
+        graph.replay()
+        first = self.step_buffers.first.tolist()
+        return [token for token, _ in first], all(finite for _, finite in first)
+
+    def step(self, wanted: int, timer: PhaseTimer) -> list[list[int]]:
+        """Runs a step and returns what each sequence emitted.
+
+        Args:
+            wanted: steps that the caller will still ask for unless a sequence ends; none beyond them is started ahead.
+            timer: takes the phases' seconds, where they are captured apart.
+        """
+        if self.geometry.phases:
+            for phase, graph in self._steps[0]:
+                with timer.time(phase):
+                    graph.replay()
+            packed = self.step_buffers.packed.tolist()
+        else:
+            ahead = min(self.ahead, wanted - 1)
+            while self._issued <= self._read + ahead:
+                self._steps[self._issued % len(self._steps)][0][1].replay()
+                self._issued += 1
+            outlet = self._outlets[self._read % len(self._outlets)]
+            outlet.ready.synchronize()
+            packed = outlet.tokens.tolist()
+        self._read += 1
+        return [row[1 : 1 + row[0]] for row in packed]
+
+    def finish(self, finished: list[bool]) -> None:
+        """Stops the growth of sequences that have ended."""
+        if self.geometry.batch > 1:
+            self.step_buffers.state.finished.copy_(torch.tensor(finished), non_blocking=True)
+
+
+def release_runners(model: Any) -> None:
+    """Frees what captured graphs hold of the device's memory."""
+    if model.__dict__.pop("_graph_runners", None):
+        torch.cuda.empty_cache()

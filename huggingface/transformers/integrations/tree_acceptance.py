@@ -1,0 +1,266 @@
+"""What follows the forward pass of a step: the target's tokens, the accepted path, the next step's state, the committed rows.
+
+All of it stays on the device: no number that varies from step to step is known to the host, which reads `packed` once a step and
+nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .tree_acceptance_kernels import accept_kernel, best_tokens_kernel, commit_kernel
+from .tree_drafting import TreeTensors, next_power_of_two
+from .triton_support import overlaps_launches, unavailable
+
+VOCABULARY_BLOCK = 1024
+"""Logits a program of :func:`best_tokens` reads at once: 8 for each of 128 threads, 16 bytes in half precision."""
+PROGRAMS = 256
+"""Programs that keep a large GPU busy; more rows than that leave one program to each row."""
+STATE_BLOCK = 2048
+"""Elements of stream states that one program copies."""
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What one step hands to the next, at fixed addresses.
+
+    Attributes:
+        root: (batch,) int64 last committed tokens; they have no cache row yet.
+        lengths: (batch,) int64 committed rows.
+        finished: (batch,) bool; such a sequence grows no longer.
+        stream_hidden: (batch, streams, hidden) stream states at the last accepted node; `None` without streams.
+        history: (batch, capacity) int64 tokens by position, the root at `lengths`; `None` where nobody reads them.
+        base: (batch,) int64 committed rows before the last step, where that step's rows begin.
+    """
+
+    root: torch.Tensor
+    lengths: torch.Tensor
+    finished: torch.Tensor
+    stream_hidden: torch.Tensor | None
+    history: torch.Tensor | None
+    base: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BestTokensWorkspace:
+    """What the programs of :func:`best_tokens` leave each other.
+
+    Attributes:
+        keys: (rows, blocks) int64 best key of each part of the vocabulary.
+        arrivals: (rows,) int32 programs that have finished; zero between launches.
+    """
+
+    keys: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, vocab: int, device: torch.device | str = "cpu") -> BestTokensWorkspace:
+        """Returns the workspace for `rows` rows (batch times nodes) of `vocab` logits."""
+        blocks = min(-(-vocab // VOCABULARY_BLOCK), max(1, PROGRAMS // rows))
+        return cls(
+            torch.zeros(rows, blocks, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+        )
+
+
+def best_tokens(
+    logits: torch.Tensor, workspace: BestTokensWorkspace | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns the (batch, nodes) int64 most likely tokens; ties go to the lowest.
+
+    Args:
+        logits: (batch, nodes, vocab), contiguous, without NaN.
+        workspace: of :meth:`BestTokensWorkspace.allocate`; `None` makes one.
+        out: (batch, nodes) int64, written and returned; `None` makes it.
+    """
+    if out is None:
+        out = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
+    if unavailable(logits.device) is not None or logits.dtype == torch.float64:
+        return best_tokens_reference(logits, workspace, out)
+    vocab = logits.shape[-1]
+    if workspace is None:
+        workspace = BestTokensWorkspace.allocate(out.numel(), vocab, logits.device)
+    blocks = workspace.keys.shape[1]
+    best_tokens_kernel[(blocks, out.numel())](
+        logits.contiguous(),
+        workspace.keys,
+        workspace.arrivals,
+        out,
+        vocab,
+        TILES=-(-vocab // (blocks * VOCABULARY_BLOCK)),
+        BLOCK=VOCABULARY_BLOCK,
+        BLOCKS=next_power_of_two(blocks),
+        **_overlap(logits.device),
+    )
+    return out
+
+
+def best_tokens_reference(
+    logits: torch.Tensor, workspace: BestTokensWorkspace | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns what :func:`best_tokens` returns, in plain PyTorch."""
+    best = (logits == logits.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+    return best if out is None else out.copy_(best)
+
+
+def accept_and_advance(
+    chosen: torch.Tensor,
+    tree: TreeTensors,
+    stream_states: torch.Tensor | None,
+    state: StepState,
+    packed: torch.Tensor,
+    path: torch.Tensor,
+) -> None:
+    """Finds the longest path whose every token is the one picked at its parent, and sets `state` to its end.
+
+    The bonus token, picked at the last accepted node, becomes the root. `history` gains the emitted tokens, never past its end.
+    `lengths` and `history` of a finished sequence stay.
+
+    Args:
+        chosen: (batch, nodes) int64 tokens that the target picks at each node.
+        tree: the verified trees.
+        stream_states: (batch, nodes, streams, hidden); `None` if the state holds none.
+        state: advanced in place.
+        packed: (batch, depth + 2) int64, becomes: number of emitted tokens, the tokens, zeros.
+        path: (batch, depth + 1) int64, becomes: accepted nodes, root first, the last one repeated. Deeper nodes are rejected.
+    """
+    if unavailable(chosen.device) is not None:
+        accept_and_advance_reference(chosen, tree, stream_states, state, packed, path)
+        return
+    batch, nodes = chosen.shape
+    streams = state.stream_hidden is not None
+    size = state.stream_hidden[0].numel() if state.stream_hidden is not None else 0
+    accept_kernel[(batch, 1 + -(-size // STATE_BLOCK))](
+        chosen,
+        tree.tokens,
+        tree.parents,
+        tree.depths,
+        tree.ancestors,
+        stream_states if streams else None,
+        state.root,
+        state.lengths,
+        state.finished,
+        state.stream_hidden,
+        state.history,
+        state.base,
+        packed,
+        path,
+        nodes,
+        path.shape[1] - 1,
+        size,
+        state.history.shape[1] if state.history is not None else 0,
+        STREAMS=streams,
+        HISTORY=state.history is not None,
+        NODES=next_power_of_two(nodes),
+        COLUMNS=next_power_of_two(packed.shape[1]),
+        BLOCK=STATE_BLOCK,
+        **_overlap(chosen.device),
+    )
+
+
+def accept_and_advance_reference(
+    chosen: torch.Tensor,
+    tree: TreeTensors,
+    stream_states: torch.Tensor | None,
+    state: StepState,
+    packed: torch.Tensor,
+    path: torch.Tensor,
+) -> None:
+    """Does what :func:`accept_and_advance` does, in plain PyTorch, one sequence at a time."""
+    packed.zero_()
+    for row, picked in enumerate(chosen.tolist()):
+        tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
+        paths = [[0]]
+        for node, parent in enumerate(parents[1:], start=1):
+            agrees = bool(paths[parent]) and tokens[node] == picked[parent]
+            paths.append([*paths[parent], node] if agrees else [])
+        accepted = max((nodes for nodes in paths if len(nodes) <= path.shape[1]), key=len)
+        emitted = [picked[node] for node in accepted]
+        count = len(accepted)
+        packed[row, : count + 1] = torch.tensor([count, *emitted])
+        path[row] = torch.tensor(accepted + accepted[-1:] * (path.shape[1] - count))
+        length = int(state.lengths[row])
+        state.base[row] = length
+        state.root[row] = emitted[-1]
+        if state.stream_hidden is not None and stream_states is not None:
+            state.stream_hidden[row] = stream_states[row, accepted[-1]]
+        if not state.finished[row]:
+            state.lengths[row] = length + count
+            if state.history is not None:
+                room = state.history[row, length + 1 : length + 1 + count]
+                room.copy_(torch.tensor(emitted)[: len(room)])
+
+
+def commit_rows(
+    blocks: Sequence[torch.Tensor],
+    path: torch.Tensor,
+    packed: torch.Tensor,
+    base: torch.Tensor,
+    finished: torch.Tensor,
+) -> None:
+    """Copies the accepted rows of the last step to their positions, in place; one launch a block.
+
+    Row `base + path[i]` goes to slot `base + i`. Nothing but the accepted rows of sequences that still grow is written.
+
+    Args:
+        blocks: (layers, 2, batch, kv_heads, slots, head_dim) keys and values.
+        path: (batch, depth + 1) int64 accepted nodes, root first, rising.
+        packed: (batch, depth + 2) int64; column 0 is the number of accepted nodes.
+        base: (batch,) int64 slot of the step's first row.
+        finished: (batch,) bool sequences that are left alone.
+    """
+    for block in blocks:
+        if not block.numel():
+            continue
+        if unavailable(block.device) is not None:
+            _commit_reference(block, path, packed, base, finished)
+            continue
+        layers, _, batch, heads, slots, size = block.shape
+        commit_kernel[(layers * 2 * heads, batch)](
+            block,
+            path,
+            packed,
+            base,
+            finished,
+            heads,
+            slots,
+            path.shape[1],
+            *block.stride()[:5],
+            SIZE=size,
+            LANES=next_power_of_two(size),
+            ROWS=next_power_of_two(path.shape[1]),
+            **_overlap(block.device),
+        )
+
+
+def commit_rows_reference(
+    blocks: Sequence[torch.Tensor],
+    path: torch.Tensor,
+    packed: torch.Tensor,
+    base: torch.Tensor,
+    finished: torch.Tensor,
+) -> None:
+    """Does what :func:`commit_rows` does, in plain PyTorch, row by row."""
+    for block in blocks:
+        _commit_reference(block, path, packed, base, finished)
+
+
+def _commit_reference(
+    block: torch.Tensor, path: torch.Tensor, packed: torch.Tensor, base: torch.Tensor, finished: torch.Tensor
+) -> None:
+    slots = block.shape[4]
+    for row, nodes in enumerate(path.tolist()):
+        if finished[row]:
+            continue
+        start = int(base[row])
+        for place in range(1, int(packed[row, 0])):
+            if start + nodes[place] < slots:
+                block[:, :, row, :, start + place] = block[:, :, row, :, start + nodes[place]]
+
+
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Returns the launch options of kernels that may start before the one in front has finished."""
+    return {"PDL": True, "launch_pdl": True} if overlaps_launches(device) else {"PDL": False}

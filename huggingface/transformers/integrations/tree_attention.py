@@ -1,0 +1,313 @@
+"""Attention of one decode step over a static KV cache: plain decoding, draft trees and prefill in one kernel.
+
+A step has node rows (tokens) and, with speculative streams, stream rows that look further ahead from a node. The cache holds the
+committed rows; the step's own keys are read from the projection that made them, never from the cache, so that writing them there
+needs no order between programs::
+
+    tree, 3 nodes (0 -> 1, 0 -> 2), 1 stream        sequence, 3 nodes, 2 streams of anchor 1
+
+          committed   0 1 2  s0 s1 s2                     committed   0 1 2  s1 s2
+      0   x x x x     x                               0   x x x x     x
+      1   x x x x     x x                             1   x x x x     x x
+      2   x x x x     x   x                           2   x x x x     x x x
+      s0  x x x x     x      x                        s1  x x x x     x x    x
+      s1  x x x x     x x       x                     s2  x x x x     x x    x  x
+      s2  x x x x     x   x        x
+
+At batch 1 there are fewer heads than multiprocessors, so the committed keys are split among programs (flash decoding). How many
+keys there are is known on the device alone: the number of programs is fixed by the capacity, what each of them reads is not.
+Whichever program of a head arrives last merges the parts, always in the same order, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from huggingface.transformers.integrations.tree_attention_kernel import tree_attention_kernel
+from huggingface.transformers.integrations.triton_support import overlaps_launches, unavailable
+
+KEYS_PER_SPLIT = 128
+"""Fewer keys than this at full capacity are not worth a program and a part to merge."""
+
+INTERPRETED_PROCESSORS = 16
+"""Stands in for the number of multiprocessors in the interpreter, whose programs run one after the other."""
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Rows of a step: first the token rows, then the stream rows of every node (tree) or of one anchor (sequence).
+
+    Stream j (1 ... streams) of node n is row `nodes + n * streams + j - 1` of a tree; stream j of the anchor is row
+    `nodes + j - 1` of a sequence.
+
+    Attributes:
+        nodes: Token rows; at most 64 in a tree.
+        streams: Stream rows of a node.
+        ancestors: (batch, nodes) int64. Bit i is set if node i lies on the way from the root to this node, itself included.
+            `None`: the rows are a sequence, row i sees rows 0 ... i.
+        depths: (batch, nodes) int32, distance from the root; trees only.
+        anchors: (batch,) int64, the row that carries the streams; sequences with streams only.
+    """
+
+    nodes: int
+    streams: int = 0
+    ancestors: torch.Tensor | None = None
+    depths: torch.Tensor | None = None
+    anchors: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ancestors is not None and (self.nodes > 64 or self.depths is None):
+            raise ValueError(f"a tree needs depths and at most 64 nodes, got {self.nodes}")
+        if self.ancestors is None and self.streams and self.anchors is None:
+            raise ValueError("streams of a sequence need the row that carries them, got no anchors")
+
+    @property
+    def total(self) -> int:
+        """Token rows and stream rows together."""
+        return self.nodes + self.streams * (1 if self.ancestors is None else self.nodes)
+
+
+@dataclass(frozen=True)
+class _Partition:
+    """How a step is divided among programs: blocks of rows, and parts of the keys (the step's own, splits of the committed)."""
+
+    block_rows: int
+    row_blocks: int
+    parts: int
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _partition(
+    batch: int,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    slots: int,
+    itemsize: int,
+    device: torch.device,
+) -> _Partition:
+    packed = rows * (heads // kv_heads)
+    # Sixteen rows are the least a tensor core multiplies. At few rows a step waits for memory, so many small programs are better
+    # than few large ones; a long prompt computes, and rather shares its keys. (H200, 320 and 1,500 committed keys, heads of 128:
+    # 40 rows take 8.9 us in blocks of 16 and 15.4 us in blocks of 64; 160 rows 13.5 us in blocks of 32.)
+    block_rows = 16 if packed <= 64 else 32 if packed <= 256 else 64
+    if itemsize == 4 and _padded(head_dim) > 64:
+        # Float32 has no tensor core and keeps whole operands in registers.
+        block_rows = min(block_rows, 32)
+    row_blocks = -(-packed // block_rows)
+    # Merging the parts of a block is one program's work; with large blocks it outweighs a second wave.
+    waves = 3 if block_rows < 64 else 1
+    room = waves * _processors(device) // (batch * kv_heads * row_blocks)
+    # A power of two keeps the number of compiled variants small when the number of rows varies (prefill).
+    parts = 1 << (max(1, min(room, slots // KEYS_PER_SPLIT + 1)).bit_length() - 1)
+    return _Partition(block_rows, row_blocks, parts)
+
+
+def _tiles(block_rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:
+    """Returns the keys of a block, the warps of a program and the stages of its pipeline: the largest that spill no registers."""
+    width = _padded(head_dim)
+    if itemsize == 4:
+        if block_rows == 16:
+            return (32, 4, 2) if width <= 64 else (16, 4, 2)
+        return 16, 8, 1
+    if block_rows == 32:
+        return 32, 2, 3
+    # Three stages of keys and values fit the 99 KB of sm_86 up to a width of 64.
+    return 64, 8 if block_rows == 64 and width > 64 else 4, 3 if width <= 64 else 2
+
+
+@dataclass(frozen=True)
+class AttentionWorkspace:
+    """Buffers of the parts' results. One serves any steps that are launched one after the other and are no larger.
+
+    Attributes:
+        partials: (elements,) float32, per part: unnormalised outputs, then maxima and sums of the rows.
+        arrivals: (blocks,) int32, parts that have arrived per (batch row, kv head, row block); zero between launches.
+    """
+
+    partials: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def for_step(
+        cls,
+        batch: int,
+        rows: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        slots: int,
+        device: torch.device,
+    ) -> AttentionWorkspace:
+        """Returns the workspace of steps of at most `rows` rows (nodes and streams) over `slots` slots, of any dtype."""
+        # Not the longest step needs most: it has so many blocks that its keys are not split.
+        steps = ((count, itemsize) for count in range(1, rows + 1) for itemsize in (2, 4))
+        sizes = [
+            cls._sizes(
+                _partition(batch, count, heads, kv_heads, head_dim, slots, itemsize, device),
+                batch * kv_heads,
+                head_dim,
+            )
+            for count, itemsize in steps
+        ]
+        blocks, elements = (max(size) for size in zip(*sizes, strict=True))
+        return cls(
+            torch.empty(elements, dtype=torch.float32, device=device),
+            torch.zeros(blocks, dtype=torch.int32, device=device),
+        )
+
+    @staticmethod
+    def _sizes(partition: _Partition, planes: int, head_dim: int) -> tuple[int, int]:
+        if partition.parts == 1:
+            return 0, 0
+        blocks = planes * partition.row_blocks
+        return blocks, blocks * partition.parts * partition.block_rows * (_padded(head_dim) + 2)
+
+    def check(self, partition: _Partition, planes: int, head_dim: int) -> None:
+        """Raises `ValueError` if the workspace is too small for a step."""
+        blocks, elements = self._sizes(partition, planes, head_dim)
+        if self.arrivals.numel() < blocks or self.partials.numel() < elements:
+            raise ValueError(
+                f"the workspace has {self.arrivals.numel()} blocks and {self.partials.numel()} elements, the step needs "
+                f"{blocks} and {elements}; make it with AttentionWorkspace.for_step for the largest step"
+            )
+
+
+def tree_attention_reference(
+    projected: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: StepRows,
+    scaling: float,
+    window: int | None = None,
+    workspace: AttentionWorkspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Does what `tree_attention` does, batch row by batch row in plain PyTorch; reads the lengths on the host."""
+    batch, kv_heads, slots, head_dim = keys.shape
+    heads = projected.shape[-1] // head_dim - 2 * kv_heads
+    result = torch.empty_like(projected[..., : heads * head_dim]) if out is None else out
+    for b in range(batch):
+        length = min(int(lengths[b]), slots)
+        per_head = projected[b].unflatten(-1, (-1, head_dim)).transpose(0, 1)
+        query, key, value = per_head.split([heads, kv_heads, kv_heads])
+        positions, fresh = _positions_and_visibility(rows, b)
+        all_positions = torch.cat([torch.arange(length), int(lengths[b]) + positions])
+        visible = torch.cat([torch.ones(rows.total, length, dtype=torch.bool), fresh], dim=1)
+        if window is not None:
+            behind = (int(lengths[b]) + positions)[:, None] - all_positions
+            visible &= behind < window
+        all_keys = torch.cat([keys[b, :, :length], key], dim=1).repeat_interleave(heads // kv_heads, dim=0)
+        all_values = torch.cat([values[b, :, :length], value], dim=1).repeat_interleave(
+            heads // kv_heads, dim=0
+        )
+        scores = (query @ all_keys.transpose(1, 2)).to(
+            torch.promote_types(query.dtype, torch.float32)
+        ) * scaling
+        weights = scores.masked_fill(~visible.to(scores.device), -math.inf).softmax(-1).nan_to_num()
+        result[b] = (weights.to(query.dtype) @ all_values).transpose(0, 1).flatten(1)
+        written = max(0, min(rows.nodes, slots - length))
+        keys[b, :, length : length + written] = key[:, :written]
+        values[b, :, length : length + written] = value[:, :written]
+    return result
+
+
+def _positions_and_visibility(rows: StepRows, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the positions of a step's rows after the committed rows, and which of the rows (columns) each row sees."""
+    if rows.ancestors is None or rows.depths is None:
+        paths, depths = [(2 << node) - 1 for node in range(rows.nodes)], list(range(rows.nodes))
+        carriers = [] if rows.anchors is None else [int(rows.anchors[b])]
+    else:
+        paths, depths = rows.ancestors[b].tolist(), rows.depths[b].tolist()
+        carriers = list(range(rows.nodes))
+    places = [(node, 0) for node in range(rows.nodes)]
+    places += [(carrier, stream) for carrier in carriers for stream in range(1, rows.streams + 1)]
+
+    def sees(node: int, stream: int, other: int, other_stream: int) -> bool:
+        if other_stream:
+            return other == node and other_stream <= stream
+        return bool(paths[node] >> other & 1)
+
+    positions = torch.tensor([depths[node] + stream for node, stream in places])
+    visible = torch.tensor([[sees(*row, *column) for column in places] for row in places])
+    return positions, visible
+
+
+def tree_attention(
+    projected: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: StepRows,
+    scaling: float,
+    window: int | None = None,
+    workspace: AttentionWorkspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the attention output of a step's rows and writes the node rows' keys and values into the cache.
+
+    softmax(scaling * query . keys the row sees) . values, the softmax in float32. A row sees the committed rows, the nodes of its
+    path, and, if it is stream j of a node, streams 1 ... j of that node. A node's position is its batch row's length plus its
+    depth (sequence: plus its row), that of stream j is j further. A row that sees nothing gives zeros.
+
+    Args:
+        projected: (batch, rows, (heads + 2 * kv_heads) * head_dim), query, key and value of the rows side by side, contiguous;
+            float16, bfloat16 or float32. Keys are rotated already.
+        keys: (batch, kv_heads, slots, head_dim) of the same dtype, the last dimension contiguous. Written in place: node row i
+            goes to slot length + i, if there is one.
+        values: Likewise.
+        lengths: (batch,) int64, committed rows: slots 0 ... length - 1. Read on the device only.
+        rows: What the rows are.
+        scaling: Factor of the scores.
+        window: A row sees keys at most `window - 1` positions behind it; `None`: all.
+        workspace: Buffers for parts; made if not given.
+        out: (batch, rows, heads * head_dim), contiguous, to write to; made if not given.
+
+    Raises:
+        ValueError: The workspace is too small, or shapes do not fit.
+    """
+    batch, kv_heads, slots, head_dim = keys.shape
+    heads = projected.shape[-1] // head_dim - 2 * kv_heads
+    if projected.shape[1] != rows.total or heads < kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"projected {tuple(projected.shape)} does not fit {rows.total} rows and keys {tuple(keys.shape)}; "
+            "its last dimension must be (heads + 2 * kv_heads) * head_dim"
+        )
+    device = projected.device
+    if unavailable(device) is not None:
+        return tree_attention_reference(
+            projected, keys, values, lengths, rows, scaling, window, workspace, out
+        )
+    if out is None:
+        out = projected.new_empty(batch, rows.total, heads * head_dim)
+    if workspace is None:
+        workspace = AttentionWorkspace.for_step(batch, rows.total, heads, kv_heads, head_dim, slots, device)
+    itemsize = projected.dtype.itemsize
+    partition = _partition(batch, rows.total, heads, kv_heads, head_dim, slots, itemsize, device)
+    workspace.check(partition, batch * kv_heads, head_dim)
+    block_keys, warps, stages = _tiles(partition.block_rows, head_dim, itemsize)
+    tree_attention_kernel[(partition.parts * partition.row_blocks, kv_heads, batch)](
+        projected, keys, values, lengths, rows.ancestors, rows.depths, rows.anchors, out, workspace.partials, workspace.arrivals,
+        rows.nodes, rows.total, slots, scaling * math.log2(math.e),
+        *keys.stride()[:3], *values.stride()[:3],
+        TREE=rows.ancestors is not None, STREAMS=rows.streams, WINDOW=window or 0, GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim, WIDTH=_padded(head_dim), PARTS=partition.parts, BLOCK_M=partition.block_rows, BLOCK_N=block_keys,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,385 @@
+"""Draft trees of tokens, made on the device step by step; nothing of their shape is known to the host.
+
+Stream j scores the tokens of depth j; a low-rank bias from the parent's token sets the children of one node apart from those of
+another. Level by level the best `beam` candidates are expanded, each by its best `beam` tokens, and the tree is the root with the
+best `nodes - 1` of all candidates, by the sum of log-probabilities on the way from the root. A sum never rises from parent to
+child, so what is chosen holds every parent of its members. A chain of tokens copied from the context may join the candidates.
+
+The whole vocabulary is scored at every parent: preselecting tokens before the bias is added costs acceptance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .tree_drafting_kernels import PARENT_ROWS, draft_level_kernel
+from .triton_support import overlaps_launches, unavailable
+
+MOST_NODES = 64
+"""Largest tree: the ancestors of a node are the bits of one int64."""
+TABLE_BYTES = 64 * 1024
+"""Bytes of the token table that one program holds in shared memory (100 KB on the smallest GPU the kernels run on)."""
+SMALL_VOCABULARY = 16384
+"""Up to here blocks of 128 tokens keep all processors busy; beyond, larger blocks leave fewer lists to merge."""
+
+
+@dataclass(frozen=True)
+class TreeTensors:
+    """The draft trees of a step, at fixed addresses; every step fills them anew.
+
+    Parents come before their children. Where there are fewer candidates than nodes the last nodes are padding: children of the
+    root with token 0, as good for verification as any token.
+
+    Attributes:
+        tokens: (batch, nodes) int64; column 0 is the root.
+        parents: (batch, nodes) int32; the root is its own parent.
+        depths: (batch, nodes) int32 distances from the root.
+        ancestors: (batch, nodes) int64, bit n set if node n lies on the way from the root to this node, itself included.
+        origins: (batch, nodes) int32 who proposed the token: 0 nobody (root and padding), 1 the streams, 2 the context.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    ancestors: torch.Tensor
+    origins: torch.Tensor
+
+    @classmethod
+    def allocate(cls, batch: int, nodes: int, device: torch.device | str = "cpu") -> TreeTensors:
+        """Returns trees of padding.
+
+        Raises:
+            ValueError: `nodes` is not in 1 .. :data:`MOST_NODES`.
+        """
+        if not 1 <= nodes <= MOST_NODES:
+            raise ValueError(f"a tree has 1 to {MOST_NODES} nodes, got {nodes}.")
+
+        def zeros(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(batch, nodes, dtype=dtype, device=device)
+
+        tree = cls(
+            zeros(torch.int64),
+            *(zeros(dtype) for dtype in (torch.int32, torch.int32, torch.int64, torch.int32)),
+        )
+        tree.depths[:, 1:] = 1
+        tree.ancestors.copy_(torch.tensor([as_bits({0, node}) for node in range(nodes)]))
+        return tree
+
+
+def as_bits(nodes: set[int]) -> int:
+    """Returns the int64 whose bits are `nodes`; bit 63 is the sign."""
+    bits = sum(1 << node for node in nodes)
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+@dataclass(frozen=True)
+class DraftWorkspace:
+    """What the kernels pass from one program to another, and from one level to the next.
+
+    A row of the pool is one level's candidates, best first; the places behind `keep` stay empty.
+
+    Attributes:
+        beam: parents expanded a level, and tokens of each.
+        keep: candidates of a level that are kept.
+        block: tokens of the vocabulary that one program scores.
+        keys: (batch, width, width, blocks) int64 best candidates of each block, parent by parent; width: `beam` rounded up.
+        maxima, totals: (batch, width, blocks) float32 each block's part of the log-sum-exp.
+        arrivals: (batch,) int32 programs that have finished; zero between launches.
+        candidates: (batch, width * width) int64 keys of one level's sums, before they are ranked.
+        sums: (batch, streams, slots) float32 pool: log-probabilities summed from the root, -inf for none.
+        tokens: (batch, streams, slots) int32 pool: tokens.
+        parents: (batch, streams, slots) int32 pool: place of the parent in the row's flattened pool, -1 for the root.
+        nodes: (batch, streams, slots) int32 place in the tree.
+    """
+
+    beam: int
+    keep: int
+    block: int
+    keys: torch.Tensor
+    maxima: torch.Tensor
+    totals: torch.Tensor
+    arrivals: torch.Tensor
+    candidates: torch.Tensor
+    sums: torch.Tensor
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    nodes: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        batch: int,
+        streams: int,
+        vocab: int,
+        beam: int,
+        nodes: int,
+        rank: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> DraftWorkspace:
+        """Returns the workspace of :func:`draft_tree`.
+
+        Args:
+            batch: sequences.
+            streams: levels drafted by streams.
+            vocab: tokens of the vocabulary.
+            beam: parents expanded a level, and tokens of each.
+            nodes: nodes of the tree.
+            rank: of the transition tables, 0 for none.
+            dtype: of the transition tables.
+            device: where the trees are made.
+
+        Raises:
+            ValueError: `beam` is not in 1 .. 16, or there are no streams.
+        """
+        if not 1 <= beam <= PARENT_ROWS:
+            raise ValueError(f"beam must be 1 to {PARENT_ROWS}, got {beam}.")
+        if streams < 1:
+            raise ValueError(f"drafting needs at least one stream, got {streams}.")
+        width = max(2, next_power_of_two(beam))
+        keep = min(max(nodes - 1, beam), width * width)
+        block = vocabulary_block(vocab, rank, dtype)
+        blocks = -(-vocab // block)
+        pool = (batch, streams, next_power_of_two(keep + 1))
+
+        def empty(*shape: int, dtype: torch.dtype, fill: float = 0) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        return cls(
+            beam=beam,
+            keep=keep,
+            block=block,
+            keys=empty(batch, width, width, blocks, dtype=torch.int64),
+            maxima=empty(batch, width, blocks, dtype=torch.float32),
+            totals=empty(batch, width, blocks, dtype=torch.float32),
+            arrivals=empty(batch, dtype=torch.int32),
+            candidates=empty(batch, width * width, dtype=torch.int64),
+            sums=empty(*pool, dtype=torch.float32, fill=float("-inf")),
+            tokens=empty(*pool, dtype=torch.int32),
+            parents=empty(*pool, dtype=torch.int32, fill=-1),
+            nodes=empty(*pool, dtype=torch.int32),
+        )
+
+
+def vocabulary_block(vocab: int, rank: int, dtype: torch.dtype) -> int:
+    """Returns the tokens that one program scores."""
+    most = 128 if vocab <= SMALL_VOCABULARY else 512
+    fits = TABLE_BYTES // (_padded_rank(rank) * dtype.itemsize) if rank else most
+    return max(16, min(most, 1 << (fits.bit_length() - 1)))
+
+
+def draft_tree(
+    logits: torch.Tensor,
+    root: torch.Tensor,
+    parent_table: torch.Tensor | None,
+    token_table: torch.Tensor | None,
+    tree: TreeTensors,
+    beam: int,
+    workspace: DraftWorkspace | None = None,
+    continuation: torch.Tensor | None = None,
+    continuation_log_probability: float = -0.5,
+) -> None:
+    """Fills `tree` with the best tree of its number of nodes.
+
+    The tokens at depth j below a node that holds token t have the logits `logits[:, j - 1] + token_table @ parent_table[t]`.
+    Ties of logits go to the lower token, ties of sums to the shallower candidate, then to the one with the better parent.
+    Candidates without probability are no candidates.
+
+    Args:
+        logits: (batch, streams, vocab) what stream j says of depth j.
+        root: (batch,) int64 last committed tokens.
+        parent_table, token_table: (vocab, rank) factors of the bias that tokens gain from their parent; `None` for no bias.
+        tree: filled in place.
+        beam: candidates expanded a level, and tokens of each; at most 16.
+        workspace: of :meth:`DraftWorkspace.allocate`; `None` makes one, which is not for a captured graph.
+        continuation: (batch, length) int64 chain of tokens from the context, ended by -1; may be deeper than the streams. A token
+            that the streams propose at the same place is counted once, as theirs, with the larger sum.
+        continuation_log_probability: what each token of the chain adds to the sum; at most 0.
+
+    Raises:
+        ValueError: one table without the other, a positive `continuation_log_probability`, or a workspace of other sizes.
+    """
+    if (parent_table is None) != (token_table is None):
+        raise ValueError("the transition bias needs both of its tables or neither.")
+    if continuation_log_probability > 0:
+        raise ValueError(f"a log-probability is at most 0, got {continuation_log_probability}.")
+    if tree.tokens.shape[1] == 1:
+        tree.tokens.copy_(root[:, None])
+        return
+    arguments = (logits, root, parent_table, token_table, tree, beam, workspace, continuation)
+    if unavailable(logits.device) is None and logits.dtype != torch.float64:
+        _draft_tree_triton(*arguments, continuation_log_probability)
+    else:
+        draft_tree_reference(*arguments, continuation_log_probability)
+
+
+def _draft_tree_triton(
+    logits: torch.Tensor,
+    root: torch.Tensor,
+    parent_table: torch.Tensor | None,
+    token_table: torch.Tensor | None,
+    tree: TreeTensors,
+    beam: int,
+    workspace: DraftWorkspace | None,
+    continuation: torch.Tensor | None,
+    step: float,
+) -> None:
+    batch, streams, vocab = logits.shape
+    nodes = tree.tokens.shape[1]
+    rank = parent_table.shape[1] if parent_table is not None else 0
+    if workspace is None:
+        workspace = DraftWorkspace.allocate(
+            batch, streams, vocab, beam, nodes, rank, logits.dtype, logits.device
+        )
+    blocks = -(-vocab // workspace.block)
+    width, slots = workspace.keys.shape[1], workspace.sums.shape[2]
+    keep = min(max(nodes - 1, beam), width * width)
+    if (workspace.beam, workspace.keep, *workspace.sums.shape[:2]) != (beam, keep, batch, streams):
+        raise ValueError(
+            "the workspace was allocated for another batch, beam, number of streams or of nodes."
+        )
+    length = continuation.shape[1] if continuation is not None else 0
+    pdl = overlaps_launches(logits.device)
+    options = {"launch_pdl": True} if pdl else {}
+    for level in range(streams):
+        draft_level_kernel[(blocks, batch)](
+            logits, root, parent_table, token_table,
+            workspace.keys, workspace.maxima, workspace.totals, workspace.arrivals, workspace.candidates,
+            workspace.sums, workspace.tokens, workspace.parents, workspace.nodes,
+            tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.origins,
+            continuation, step, logits.stride(0), logits.stride(1), vocab, rank, level, nodes, length,
+            STREAMS=streams,
+            BLOCK=workspace.block,
+            BLOCKS=next_power_of_two(blocks),
+            RANK=_padded_rank(rank),
+            BEAM=beam,
+            WIDTH=width,
+            KEEP=keep,
+            SLOTS=slots,
+            ENTRIES=next_power_of_two(streams * slots),
+            NODES=next_power_of_two(nodes),
+            CHAIN=next_power_of_two(length) if length else 0,
+            FIRST=level == 0,
+            LAST=level == streams - 1,
+            PDL=pdl,
+            num_warps=4 if workspace.block <= 128 else 8,
+            **options,
+        )  # fmt: skip
+
+
+def next_power_of_two(number: int) -> int:
+    """Returns the least power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def _padded_rank(rank: int) -> int:
+    return max(16, next_power_of_two(rank)) if rank else 0
+
+
+@dataclass
+class _Candidate:
+    """A possible node; `place` orders the candidates of one depth."""
+
+    total: float
+    depth: int
+    place: int
+    token: int
+    parent: _Candidate | None
+    origin: int
+
+
+def draft_tree_reference(
+    logits: torch.Tensor,
+    root: torch.Tensor,
+    parent_table: torch.Tensor | None,
+    token_table: torch.Tensor | None,
+    tree: TreeTensors,
+    beam: int,
+    workspace: DraftWorkspace | None = None,
+    continuation: torch.Tensor | None = None,
+    continuation_log_probability: float = -0.5,
+) -> None:
+    """Fills `tree` as :func:`draft_tree` does, in plain PyTorch, one sequence at a time; needs no workspace."""
+    nodes = tree.tokens.shape[1]
+    step = torch.tensor(continuation_log_probability, dtype=torch.promote_types(logits.dtype, torch.float32))
+    for row, first in enumerate(root.tolist()):
+        pool = _stream_candidates(logits[row], first, parent_table, token_table, beam, max(nodes - 1, beam))
+        if continuation is not None:
+            _join_chain(pool, continuation[row].tolist(), step)
+        pool.sort(key=lambda candidate: (-candidate.total, candidate.depth, candidate.place))
+        chosen = sorted(pool[: nodes - 1], key=lambda candidate: (candidate.depth, candidate.place))
+        _write(tree, row, first, chosen)
+
+
+def _stream_candidates(
+    logits: torch.Tensor,
+    root: int,
+    parent_table: torch.Tensor | None,
+    token_table: torch.Tensor | None,
+    beam: int,
+    keep: int,
+) -> list[_Candidate]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    pool: list[_Candidate] = []
+    frontier: list[_Candidate | None] = [None]
+    for depth, scores in enumerate(logits, start=1):
+        held = [parent.token if parent else root for parent in frontier]
+        scores = scores.expand(len(frontier), -1)
+        if parent_table is not None and token_table is not None:
+            scores = scores + parent_table[held].to(scores.dtype) @ token_table.to(scores.dtype).T
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :beam]
+        above = torch.tensor([parent.total if parent else 0.0 for parent in frontier], dtype=scores.dtype)
+        sums = above.to(scores.device)[:, None] + scores.log_softmax(1).gather(1, best)
+        order = sums.flatten().sort(descending=True, stable=True).indices[:keep].tolist()
+        level = [
+            _Candidate(
+                sums.flatten()[i].item(),
+                depth,
+                place,
+                int(best.flatten()[i]),
+                frontier[i // best.shape[1]],
+                1,
+            )
+            for place, i in enumerate(order)
+        ]
+        level = [candidate for candidate in level if candidate.total > float("-inf")]
+        pool += level
+        frontier = [*level[:beam]]
+    return pool
+
+
+def _join_chain(pool: list[_Candidate], chain: list[int], step: torch.Tensor) -> None:
+    """Adds the tokens of `chain` up to its first -1; what the pool already holds at the same place is raised instead."""
+    known = {(id(candidate.parent), candidate.token): candidate for candidate in pool}
+    parent: _Candidate | None = None
+    for depth, token in enumerate(chain, start=1):
+        if token < 0:
+            return
+        total = (depth * step).item()
+        same = known.get((id(parent), token))
+        if same is None:
+            same = _Candidate(total, depth, len(pool), token, parent, 2)
+            pool.append(same)
+        same.total = max(same.total, total)
+        parent = same
+
+
+def _write(tree: TreeTensors, row: int, root: int, chosen: list[_Candidate]) -> None:
+    padding = _Candidate(0.0, 1, 0, 0, None, 0)
+    listed = [*chosen, *[padding] * (tree.tokens.shape[1] - 1 - len(chosen))]
+    number = {id(candidate): node for node, candidate in enumerate(chosen, start=1)}
+    parents = [0, *(number[id(candidate.parent)] if candidate.parent else 0 for candidate in listed)]
+    ancestors = [{0}]
+    for node, parent in enumerate(parents[1:], start=1):
+        ancestors.append(ancestors[parent] | {node})
+    columns = (
+        (tree.tokens, [root, *(candidate.token for candidate in listed)]),
+        (tree.parents, parents),
+        (tree.depths, [0, *(candidate.depth for candidate in listed)]),
+        (tree.ancestors, [as_bits(nodes) for nodes in ancestors]),
+        (tree.origins, [0, *(candidate.origin for candidate in listed)]),
+    )
+    for target, values in columns:
+        target[row] = torch.tensor(values, dtype=target.dtype)

@@ -1,0 +1,248 @@
+"""The layer walk of `modeling_spec_stream.py` on our kernels, for decoding on a GPU.
+
+Eager modules cost a launch for every small operation, and at batch size 1 launches are what a step is made of. Here a layer is
+seven kernels: norm, one product for query, key and value, attention (which also writes the cache), output product with the
+residual, norm, and the two products of the MLP with bias, activation and residual in them. Weights stay where they are; the
+three projections, and a gated MLP's two, are laid out side by side once, and the modules' parameters become views of that.
+
+An architecture says by name where its parts are (:class:`LayerNames`). Whatever these kernels do not know is a reason not to be
+fused (:func:`unfused_reason`), never a wrong result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...integrations import fused_norm
+from ...integrations.fused_norm import add_norm
+from ...integrations.rotary import apply_rotary_
+from ...integrations.skinny_linear import LARGEST_ROWS, linear
+from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
+
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Names that configurations use, and the kernel's name of the same function."""
+HEAD_SIZES = (16, 32, 64, 80, 96, 128)
+"""Features a head may have in the attention kernel."""
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Names, within a decoder layer, of the modules that a fused pass reads.
+
+    Attributes:
+        norm, mlp_norm: normalisation in front of attention and MLP.
+        projections: query, key and value.
+        output: attention's output product.
+        expand: the MLP's first product; two for a gated MLP, the activated one first.
+        contract: the MLP's last product.
+    """
+
+    norm: str
+    projections: tuple[str, str, str]
+    output: str
+    mlp_norm: str
+    expand: tuple[str, ...]
+    contract: str
+
+
+def unfused_reason(model: Any) -> str | None:
+    """Returns why a model's layers cannot run on the fused kernels, or `None` if they can."""
+    names = getattr(model, "layer_names", None)
+    if names is None:
+        return f"{type(model).__name__} does not say where its layers' parts are"
+    if model.mlp_activation() not in ACTIVATIONS:
+        return f"no kernel knows the activation {model.mlp_activation()!r}"
+    head = model.head_size()
+    if head not in HEAD_SIZES:
+        return (
+            f"no attention kernel knows heads of {head} features (known: {', '.join(map(str, HEAD_SIZES))})"
+        )
+    layer = model.decoder_layers()[0]
+    for name in (names.norm, names.mlp_norm):
+        if not fused_norm.is_known(layer.get_submodule(name)):
+            return f"no kernel knows the norm {type(layer.get_submodule(name)).__name__}"
+    linears = (*names.projections, names.output, *names.expand, names.contract)
+    for name in linears:
+        if type(layer.get_submodule(name)) is not nn.Linear:
+            return f"{name} is a {type(layer.get_submodule(name)).__name__}, which no fused product reads"
+    if len(names.expand) == 2 and layer.get_submodule(names.expand[0]).bias is not None:
+        return "no fused product reads a gated MLP with a bias"
+    return None
+
+
+@dataclass
+class _Product:
+    """One product of a layer: weights side by side, and the gated LoRA updates of its parts."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    updates: list[tuple[slice, Any]]
+
+    @classmethod
+    def of(cls, modules: list[nn.Linear], updates: list[Any]) -> _Product:
+        """Lays the modules' weights side by side and makes their parameters views of that."""
+        weight, bias = modules[0].weight.data, modules[0].bias
+        if len(modules) > 1:
+            weight = _share([module.weight for module in modules])
+            bias = _share([module.bias for module in modules]) if bias is not None else None
+        ends = torch.tensor([0, *(module.out_features for module in modules)]).cumsum(0).tolist()
+        spans = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        return cls(weight, bias, [pair for pair in zip(spans, updates, strict=True) if pair[1] is not None])
+
+    def apply(self, rows: torch.Tensor, streams: int, **epilogue: Any) -> torch.Tensor:
+        """Returns the product of (batch, rows, in), its updates added to the last `streams` rows before the epilogue."""
+        if not streams or not self.updates:
+            return linear(rows, self.weight, self.bias, **epilogue)
+        product = linear(rows, self.weight, self.bias)
+        for span, lora in self.updates:
+            product[:, -streams:, span] += lora(rows[:, -streams:])
+        return _finish(product, **epilogue)
+
+
+def _enter(
+    hidden: torch.Tensor, update: torch.Tensor | None, norm: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor, nn.Module | None]:
+    """Returns the rows that a block reads, the residual stream, and the norm that the block's product has to apply itself."""
+    if update is None and hidden.numel() == hidden.shape[-1]:
+        return hidden, hidden, norm
+    normed, hidden = add_norm(hidden, update, norm)
+    return normed, hidden, None
+
+
+def _share(parameters: list[Any]) -> torch.Tensor:
+    together = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(
+        parameters, together.split([len(parameter) for parameter in parameters]), strict=True
+    ):
+        parameter.data = part
+    return together
+
+
+def _finish(
+    product: torch.Tensor, activation: str | None = None, gated: bool = False, residual=None
+) -> torch.Tensor:
+    gate, factor = product.chunk(2, dim=-1) if gated else (product, None)
+    if activation == "gelu_tanh":
+        gate = F.gelu(gate, approximate="tanh")
+    elif activation == "silu":
+        gate = F.silu(gate)
+    product = gate if factor is None else gate * factor
+    return product if residual is None else product + residual
+
+
+@dataclass
+class _Layer:
+    norm: nn.Module
+    project: _Product
+    output: _Product
+    mlp_norm: nn.Module
+    expand: _Product
+    contract: _Product
+    window: int | None
+
+
+class FusedLayers:
+    """A decoder's layers on fused kernels.
+
+    Args:
+        model: decoder with streams for which :func:`unfused_reason` is `None`.
+
+    Attributes:
+        source: what the weights were taken from; set by whoever keeps the layers.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.activation = ACTIVATIONS[model.mlp_activation()]
+        self.gated = len(model.layer_names.expand) == 2
+        self.scaling = model.attention_scaling()
+        self.source: Any = None
+        self.layers = [self._layer(index) for index in range(len(model.decoder_layers()))]
+
+    def _layer(self, index: int) -> _Layer:
+        layer = self.model.decoder_layers()[index]
+        names = self.model.layer_names
+
+        def product(*parts: str) -> _Product:
+            modules: Any = [layer.get_submodule(name) for name in parts]
+            return _Product.of(modules, [self.model.lora_of(index, name) for name in parts])
+
+        return _Layer(
+            norm=layer.get_submodule(names.norm),
+            project=product(*names.projections),
+            output=product(names.output),
+            mlp_norm=layer.get_submodule(names.mlp_norm),
+            expand=product(*names.expand),
+            contract=product(names.contract),
+            window=self.model.layer_window(index),
+        )
+
+    def run(
+        self,
+        indices: Iterable[int],
+        hidden: torch.Tensor,
+        update: torch.Tensor | None,
+        positions: torch.Tensor,
+        lengths: torch.Tensor,
+        rows: StepRows,
+        cache: Any,
+        workspace: AttentionWorkspace,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns residual stream and what is still to be added to it, each (batch, rows, hidden). The cache gains the rows.
+
+        Args:
+            indices: layers to run.
+            hidden: (batch, rows, hidden) residual stream.
+            update: (batch, rows, hidden) still to be added to it, or `None`.
+            positions: (batch, rows) int64.
+            lengths: (batch,) int64 committed rows.
+            rows: who sees whom.
+            cache: its layers hold `keys` and `values`.
+            workspace: of the attention.
+        """
+        rotary = self.model.rotary(hidden, positions)
+        streams = hidden.shape[1] - rows.nodes
+        few = hidden.shape[0] * hidden.shape[1] <= LARGEST_ROWS
+        for index in indices:
+            layer, slots = self.layers[index], cache.layers[index]
+            rows_in, hidden, norm = _enter(hidden, update, layer.norm)
+            projected = layer.project.apply(rows_in, streams, norm=norm)
+            if rotary is not None:
+                apply_rotary_(projected, *rotary, self.heads(slots, projected), slots.keys.shape[1])
+            attended = tree_attention(
+                projected, slots.keys, slots.values, lengths, rows, self.scaling, layer.window, workspace
+            )
+            # Few rows: the product adds the residual. Many: the library's product cannot, the next norm does.
+            hidden, update = self._add(layer.output, attended, hidden, streams, few)
+            rows_in, hidden, norm = _enter(hidden, update, layer.mlp_norm)
+            inner = layer.expand.apply(
+                rows_in, streams, activation=self.activation, gated=self.gated, norm=norm
+            )
+            hidden, update = self._add(layer.contract, inner, hidden, streams, few)
+        return hidden, update
+
+    @staticmethod
+    def heads(slots: Any, projected: torch.Tensor) -> int:
+        """Returns the number of query heads in a q/k/v product."""
+        kv_heads, size = slots.keys.shape[1], slots.keys.shape[3]
+        return projected.shape[2] // size - 2 * kv_heads
+
+    @staticmethod
+    def _add(
+        product: _Product, rows: torch.Tensor, hidden: torch.Tensor, streams: int, few: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if few:
+            return product.apply(rows, streams, residual=hidden), None
+        return hidden, product.apply(rows, streams)
