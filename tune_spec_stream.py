@@ -1,9 +1,9 @@
-"""Chooses the draft tree anew for this device: measures a decode step with trees of several sizes and keeps the fastest.
+"""Chooses the draft tree anew for this device: measures a decode step with several trees and keeps the fastest.
 
-    python tune_spec_stream.py --model_name_or_path checkpoints/spec_stream_9m
+    python tune_spec_stream.py --model_name_or_path checkpoints/spec_stream_9m --batch_size 1,8
 
-What a tree yields is known from calibration; what a step costs is known only where it runs. The chosen size goes to the
-checkpoint's `generation_config.json`, where decoding on this device looks for it; weights are not touched.
+What a tree yields is known from calibration; what a step costs is known only where it runs. The choice goes to the checkpoint's
+`generation_config.json`, where decoding on this device looks for it; weights are not touched. Plain decoding is a choice, too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 CONFIG_FILE = "generation_config.json"
 EXIT_CODES = """exit codes: 0 done; 1 the checkpoint cannot be loaded or written; 2 bad arguments, or a checkpoint without
-streams; 130 interrupted, nothing was saved"""
+streams; 130 interrupted, batch sizes that were not yet printed as saved are not"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Request:
     model_name_or_path: str
     device: str
     dtype: str
-    batch_size: int
+    batch_size: tuple[int, ...]
     context: int
     sizes: tuple[int, ...] | None
     save: bool
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, ValueError, OSError, MemoryError) as error:
         return _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was saved.", EXIT_INTERRUPTED)
+        return _fail("interrupted; what is printed as saved is saved.", EXIT_INTERRUPTED)
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> Request:
     """
     parser = Parser(
         prog="tune_spec_stream.py",
-        description="Choose the number of draft nodes for this device, from measured steps.",
+        description="Choose the draft tree for this device, from measured steps.",
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )
@@ -86,7 +86,9 @@ def parse(argv: Sequence[str]) -> Request:
         "--dtype", default="auto", choices=DTYPES, help="auto: float32 on CPU, bfloat16 on CUDA"
     )
     parser.add_argument(
-        "--batch_size", default="1", help="sequences decoded at once; tuned as the next power of two [1]"
+        "--batch_size",
+        default="1",
+        help="sequences decoded at once, a comma list; each is tuned as the next power of two [1]",
     )
     parser.add_argument(
         "--context", default="256", help="tokens before the step, cut to the model's positions [256]"
@@ -99,11 +101,10 @@ def parse(argv: Sequence[str]) -> Request:
         help=f"write the choice to the checkpoint's {CONFIG_FILE} [on]",
     )
     given = vars(parser.parse_args([_normal(word) for word in argv]))
-    for name in ("batch_size", "context"):
-        given[name] = _whole_number(name, given[name])
-    if given["sizes"] is not None:
-        parts = given["sizes"].split(",")
-        given["sizes"] = tuple(sorted({_whole_number("sizes", part) for part in parts}))
+    given["context"] = _whole_number("context", given["context"])
+    for name in ("batch_size", "sizes"):
+        if given[name] is not None:
+            given[name] = tuple(sorted({_whole_number(name, part) for part in given[name].split(",")}))
     return Request(**given)
 
 
@@ -127,11 +128,12 @@ def _whole_number(name: str, text: str) -> int:
 def run(request: Request) -> int:
     """Checks, loads, tunes, saves and prints as asked; returns the exit code."""
     folder = find_checkpoint(request)
-    tuning = measure(request, folder)
-    sys.stdout.write(table(tuning, request.model_name_or_path))
-    if request.save:
-        save(folder / CONFIG_FILE, tuning)
-        sys.stdout.write(f"saved to {folder / CONFIG_FILE}\n")
+    for tuning in measure(request, folder):
+        sys.stdout.write(table(tuning, request.model_name_or_path))
+        if request.save:
+            save(folder / CONFIG_FILE, tuning)
+            sys.stdout.write(f"saved to {folder / CONFIG_FILE}\n")
+        sys.stdout.flush()
     return EXIT_DONE
 
 
@@ -160,36 +162,60 @@ def find_checkpoint(request: Request) -> Path:
     return folder
 
 
-def measure(request: Request, folder: Path) -> Tuning:
-    """Loads the model and returns what tuning found.
+def measure(request: Request, folder: Path) -> Iterator[Tuning]:
+    """Loads the model and yields what tuning found for each batch size.
 
     Raises:
         UsageError: there is no such device.
-        ValueError: the checkpoint cannot be loaded.
+        ValueError: the checkpoint cannot be loaded, or no step can have one of the sizes.
+        MemoryError: not even plain decoding fits the device's memory.
     """
+    from torch import OutOfMemoryError
+
     from benchmark import machine
-    from huggingface.transformers.generation.tree_tuning import tune
+    from huggingface.transformers.generation.tree_tuning import batch_class, tune
     from models.loading import load
 
     here = machine.describe(request.device)
     recipe = fold("spec_stream", {"dtype": request.dtype}, here)
     model = load(recipe, folder, here["device"]).model
-    return tune(model, request.sizes, request.context, request.batch_size)
+    for batch in sorted({batch_class(size) for size in request.batch_size}):
+        try:
+            yield tune(model, request.sizes, request.context, batch)
+        except OutOfMemoryError as error:
+            raise MemoryError(
+                f"plain decoding of {batch} sequences after {request.context} tokens exceeds the device's memory; "
+                "use a smaller --batch_size or --context."
+            ) from error
 
 
 def table(tuning: Tuning, name: str) -> str:
-    """Returns what was measured, one line a size, the chosen one marked."""
-    speeds = tuning.speeds()
+    """Returns what was measured, one line a candidate, the chosen one marked."""
     lines = [
         f"{name} on {tuning.setting}; steps after {tuning.context} tokens, batch {tuning.batch}",
-        f"{'nodes':>6}  {'step ms':>9}  {'tokens/step':>11}  {'tokens/s':>9}",
+        f"{'nodes':>6}  {'streams':>7}  {'beam':>4}  {'step ms':>9}  {'tokens/step':>11}  {'tokens/s':>9}",
     ]
-    for nodes, seconds in tuning.step_s.items():
-        mark = "  <- chosen" if nodes == tuning.nodes else ""
+    for one in tuning.candidates:
+        shape, beam = one.plan.shape, one.plan.beam or "-"
+        mark = "  <- chosen" if one is tuning.chosen else ""
         lines.append(
-            f"{nodes:>6}  {1000 * seconds:>9.2f}  {tuning.tokens_per_step[nodes]:>11.2f}  {speeds[nodes]:>9.1f}{mark}"
+            f"{shape.nodes:>6}  {shape.streams:>7}  {beam:>4}  {1000 * one.step_s:>9.3f}  "
+            f"{one.tokens_per_step:>11.2f}  {tuning.batch * one.speed:>9.1f}{mark}"
         )
-    return "\n".join([*lines, "tokens/step and tokens/s: expected, from the calibrated accuracies."]) + "\n"
+    return "\n".join([*lines, *_notes(tuning)]) + "\n"
+
+
+def _notes(tuning: Tuning) -> list[str]:
+    notes = [
+        "tokens/step and tokens/s: expected, from the calibrated accuracies; tokens/s of the whole batch."
+    ]
+    if any(one.plan.beam is not None for one in tuning.candidates):
+        notes.append(
+            "beam: trees are grown in each step, which yields at least what is expected; 1 is a chain."
+        )
+    if tuning.nodes == 1:
+        notes.append("1 node: nothing is drafted, plain decoding is as fast.")
+    return notes
 
 
 def save(file: Path, tuning: Tuning) -> None:
@@ -198,7 +224,7 @@ def save(file: Path, tuning: Tuning) -> None:
 
     values: dict[str, Any] = read_json(file) or {}
     settings = values.get(CONFIG_KEY) or {}
-    nodes = {**(settings.get("draft_nodes") or {}), tuning.setting: tuning.nodes}
+    nodes = {**(settings.get("draft_nodes") or {}), tuning.setting: tuning.entry}
     values[CONFIG_KEY] = {**settings, "draft_nodes": nodes}
     # With this mark upstream drops every key that it does not know.
     values.pop("_from_model_config", None)

@@ -42,11 +42,24 @@ def costs(monkeypatch):
     """Steps cost what the test says: nodes -> seconds."""
     table = {1: 1.0, 2: 1.1, 4: 2.0}
 
-    def measured(model, shapes, context, batch):
-        return {nodes: table[nodes] for nodes in shapes}
+    def measured(model, plans, context, batch):
+        return {plan: table[plan.shape.nodes] for plan in plans}
 
-    monkeypatch.setattr(tree_tuning, "measure_steps", measured)
+    monkeypatch.setattr(tree_tuning, "eager_step_seconds", measured)
     return table
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Steps are captured and cost what the test says of nodes, streams, beam and batch."""
+    told = [lambda nodes, streams, beam, batch: 1.0]
+
+    def measured(model, plans, context, batch):
+        return {plan: told[0](plan.shape.nodes, plan.shape.streams, plan.beam or 1, batch) for plan in plans}
+
+    monkeypatch.setattr(tree_tuning, "captures_steps", lambda model: True)
+    monkeypatch.setattr(tree_tuning, "captured_step_seconds", measured)
+    return told
 
 
 def tune(checkpoint, *flags):
@@ -63,7 +76,8 @@ def test_chosen_size_is_printed_saved_and_used(checkpoint, costs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["1", "2", "4"]
     assert [line for line in lines if "<- chosen" in line] == [lines[3]]
-    assert lines[3].split()[1:4] == ["1100.00", "1.90", "1.7"]
+    assert lines[1].split() == ["nodes", "streams", "beam", "step", "ms", "tokens/step", "tokens/s"]
+    assert lines[3].split()[:6] == ["2", "1", "-", "1100.000", "1.90", "1.7"]
     setting = f"cpu, {torch.get_num_threads()} threads, float32"
     assert saved(checkpoint) == {"rank_accuracy": ACCURACY, "draft_nodes": {setting: 2}}
     after = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
@@ -83,6 +97,49 @@ def test_settings_stand_side_by_side(checkpoint, costs):
     }
 
 
+def test_captured_candidates_are_listed_and_each_batch_size_is_saved(checkpoint, captured, capsys):
+    def cost(nodes, streams, beam, batch):
+        if batch == 4:
+            return float(nodes)
+        return {(1, 0, 1): 1.0, (3, 2, 1): 1.2, (4, 2, 8): 1.1}.get((nodes, streams, beam), 9.0)
+
+    captured[0] = cost
+    assert tune(checkpoint, "--sizes", "4", "--batch_size", "3,1,4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[2:6]] == [
+        ["1", "0", "-"], ["3", "1", "8"], ["3", "2", "1"], ["4", "2", "8"]
+    ]  # fmt: skip
+    assert [line.split()[:5] for line in lines if "<- chosen" in line] == [
+        ["4", "2", "8", "1100.000", "2.71"], ["1", "0", "-", "1000.000", "1.00"]
+    ]  # fmt: skip
+    assert sum("saved to" in line for line in lines) == 2
+    assert sum("nothing is drafted" in line for line in lines) == 1
+    assert float(next(line for line in lines[8:] if "chosen" in line).split()[5]) == 4.0  # of all four
+    setting = f"cpu, {torch.get_num_threads()} threads, float32"
+    assert saved(checkpoint)["draft_nodes"] == {
+        setting: {"nodes": 4, "streams": 2, "beam": 8},
+        f"{setting}, batch 4": {"nodes": 1, "streams": 0, "beam": 1},
+    }
+    model = load(fold("spec_stream"), checkpoint, "cpu")
+    for prompts, nodes in ((["a"], 4), (["a", "b", "c"], 1)):
+        model.generate(prompts, Limits(max_new_tokens=4))
+        assert (model.draft_nodes, model.draft_source) == (nodes, "tuned")
+
+
+def test_what_was_tuned_before_an_error_is_saved(checkpoint, monkeypatch, capsys):
+    def measured(model, plans, context, batch):
+        if batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return dict.fromkeys(plans, 1.0)
+
+    monkeypatch.setattr(tree_tuning, "eager_step_seconds", measured)
+    assert tune(checkpoint, "--sizes", "2", "--batch_size", "1,8") == 1
+    error = capsys.readouterr().err
+    assert "plain decoding of 8 sequences" in error
+    assert error.count("\n") == 1
+    assert list(saved(checkpoint)["draft_nodes"].values()) == [2]
+
+
 @pytest.mark.parametrize("flag", ["--no-save", "--no_save"])
 def test_no_save_leaves_the_checkpoint_alone(checkpoint, costs, flag):
     assert tune(checkpoint, "--sizes", "1,2", flag) == 0
@@ -100,6 +157,7 @@ def test_real_steps(checkpoint, capsys):
         (["--sizes", "1,x"], "--sizes got 'x', expected whole numbers of 1 or more"),
         (["--sizes", "0"], "--sizes got '0'"),
         (["--batch_size", "0"], "--batch_size got '0'"),
+        (["--batch_size", "1,,2"], "--batch_size got ''"),
         (["--context", "many"], "--context got 'many'"),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
         (["--nodes", "3"], "unrecognized arguments: --nodes 3"),

@@ -1,6 +1,7 @@
 """Our `generate`: the same loop with streams drafting or with nobody.
 
-What is decided or built once for a batch size (the draft tree, captured graphs) happens in `prepare`, before any clock starts.
+What is decided or built once for a batch size happens before a clock starts: the draft tree in `prepare`, captured graphs, which
+depend on how tokens are picked, when `run` begins.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
 
+from huggingface.transformers.generation import graph_runner
 from huggingface.transformers.generation.tree_tuning import (
     CONFIG_KEY,
     DraftPlan,
@@ -18,6 +21,7 @@ from huggingface.transformers.generation.tree_tuning import (
     tune,
     tuned_nodes,
 )
+from huggingface.transformers.generation.verification import Rule
 from models.answer import Limits
 from models.loading.calls import Call, Prompts, generation_config, synchronise
 from models.loading.memory import check_fits
@@ -57,21 +61,38 @@ class EngineDecoder:
         self._tunes = tunes
         self._sources: dict[int, str] = {}
         self._captured: dict[int, tuple[float, int]] = {}
+        self._checked: dict[int, int] = {}
 
     def prepare(self, prompts: Prompts) -> None:
-        """Checks the memory, decides this batch size's draft tree, has graphs captured; none of it is timed.
+        """Checks the memory and decides this batch size's draft tree; none of it is timed.
 
         Raises:
             MemoryError: the cache of such a call exceeds the device's free memory.
         """
         self._check_memory(prompts)
         self._decide_tree(len(prompts.ids))
-        self._capture(prompts)
 
     def _check_memory(self, prompts: Prompts) -> None:
+        """Checks what a call with such prompts will hold, once for each batch size and again when it needs more.
+
+        Graphs keep their caches: those of other batch sizes make room first, those of this one are not asked for twice.
+        """
+        batch, (capacity, scratch) = len(prompts.ids), self._cache_rows(prompts)
+        if capacity <= self._checked.get(batch, 0):
+            return
+        if self.model.device.type != "cpu":
+            graph_runner.release_runners(self.model)
+        check_fits(self.model, batch, capacity, scratch)
+        self._checked[batch] = capacity
+
+    def _cache_rows(self, prompts: Prompts) -> tuple[int, int]:
+        """Returns the rows of each sequence's cache, committed ones and those of a step."""
         batch, longest = prompts.ids.shape
-        shape = self._plan(batch).shape
-        check_fits(self.model, batch, longest + prompts.new_tokens, shape.rows + shape.depth + 1)
+        plan, rule = self._plan(batch), Rule(LogitsProcessorList())
+        if graph_runner.uncaptured_reason(self.model, plan, rule) is not None:
+            return longest + prompts.new_tokens, plan.shape.rows + plan.shape.depth + 1
+        geometry = graph_runner.geometry_of(self.model, batch, longest, prompts.new_tokens, plan, rule, False)
+        return geometry.capacity, plan.shape.nodes + 2 * (plan.shape.streams + 1)
 
     def _plan(self, batch: int) -> DraftPlan:
         if self.drafts == "none":
@@ -96,16 +117,19 @@ class EngineDecoder:
         else:
             self._sources[size] = "default"
 
-    def _capture(self, prompts: Prompts) -> None:
-        """Has the model build what a call with such prompts will replay: the one place where graphs are captured ahead."""
-        prepare_decoding = getattr(self.model, "prepare_decoding", None)
-        if prepare_decoding is not None:
-            prepare_decoding(
-                batch=len(prompts.ids),
+    def _capture(self, prompts: Prompts, config: GenerationConfig, record_phases: bool) -> None:
+        """Has the model capture the graphs that such a call replays."""
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        # Capturing runs a step first, which may sample; the call itself must draw what it would have drawn.
+        with torch.random.fork_rng(devices):
+            self.model.generate(
+                prompts.ids,
+                attention_mask=prompts.mask,
+                generation_config=config,
                 drafts=self.drafts,
                 draft_nodes=self.draft_nodes,
-                prompt_tokens=prompts.ids.shape[1],
-                max_new_tokens=prompts.new_tokens,
+                record_phases=record_phases,
+                prepare_only=True,
             )
 
     def run(
@@ -115,6 +139,8 @@ class EngineDecoder:
         if acceptance_ratio is not None and self.drafts == "none":
             raise ValueError("an acceptance sweep needs a technique that drafts, such as spec_stream.")
         config = generation_config(prompts, limits, self.end_ids, self.pad_id, return_dict_in_generate=True)
+        if acceptance_ratio is None:  # a sweep replaces drafts on the host, which no graph can
+            self._capture(prompts, config, record_phases)
         synchronise(self.model.device)
         started = time.perf_counter()
         output = self.model.generate(

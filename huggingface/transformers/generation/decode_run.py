@@ -71,6 +71,7 @@ class DecodeRun:
         config: GenerationConfig,
         criteria: StoppingCriteriaList,
         options: DecodeOptions,
+        plan: DraftPlan,
         rule: Rule,
         timer: PhaseTimer,
     ):
@@ -86,10 +87,7 @@ class DecodeRun:
             limit=model.config.max_position_embeddings,
         )
         self.options = options
-        streams = options.drafts == "streams" and model.streams is not None
-        self.plan = DraftPlan.plain()
-        if streams:
-            self.plan = options.plan or plan_for(model, options.draft_nodes, len(input_ids))
+        self.plan = plan
         self.statistics = GenerationStatistics(
             prompt_tokens=list(self.sequences.prompt_lengths), draft_nodes=self.plan.shape.nodes
         )
@@ -313,26 +311,28 @@ def start_run(
         options: ours.
         rule: how the target picks tokens.
     """
+    plan = DraftPlan.plain()
+    if options.drafts == "streams" and model.streams is not None:
+        plan = options.plan or plan_for(model, options.draft_nodes, len(input_ids))
     timer = PhaseTimer(model.device, options.record_phases)
-    arguments = (model, input_ids, attention_mask, config, criteria, options, rule, timer)
-    captured = CapturedRun(*arguments)
-    reason = _eager_reason(captured)
-    if reason is None:
-        return captured
-    run = EagerRun(*arguments)
-    if model.device.type != "cpu" and options.capture:
+    reason = _eager_reason(model, config, options, plan, rule)
+    kind = CapturedRun if reason is None else EagerRun
+    run = kind(model, input_ids, attention_mask, config, criteria, options, plan, rule, timer)
+    if reason is not None and model.device.type != "cpu" and options.capture:
         run.statistics.fallbacks.append(f"steps are launched one by one: {reason}")
     return run
 
 
-def _eager_reason(run: DecodeRun) -> str | None:
-    if not run.options.capture:
+def _eager_reason(
+    model, config: GenerationConfig, options: DecodeOptions, plan: DraftPlan, rule: Rule
+) -> str | None:
+    if not options.capture:
         return "not asked for"
-    if run.config.output_scores or run.config.output_logits:
+    if config.output_scores or config.output_logits:
         return "scores and logits are wanted"
-    if run.options.acceptance_ratio is not None:
+    if options.acceptance_ratio is not None:
         return "an acceptance sweep replaces drafts on the host"
-    return uncaptured_reason(run.model, run.plan, run.rule)
+    return uncaptured_reason(model, plan, rule)
 
 
 def _by_token(kept: list[list[torch.Tensor]], sequences: Sequences) -> tuple[torch.Tensor, ...]:

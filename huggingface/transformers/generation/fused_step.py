@@ -28,9 +28,12 @@ from ..integrations.tree_acceptance import (
 )
 from ..integrations.tree_attention import AttentionWorkspace, StepRows
 from ..integrations.tree_drafting import DraftWorkspace, TreeTensors, draft_tree
-from ..models.spec_stream.fused_layers import FusedLayers
-from .tree_tuning import DraftPlan
+from ..models.spec_stream.fused_layers import fused_layers_of
+from .tree_tuning import DraftPlan, rank_accuracy
 from .verification import Rule
+
+LEAST_SHARE = 1e-4
+"""Accuracy assumed of a rank that calibration never saw right; its logarithm must be finite."""
 
 
 class FusedStep:
@@ -38,18 +41,16 @@ class FusedStep:
 
     Args:
         model: decoder with streams whose layers can be fused.
-        layers: its fused layers.
         batch: sequences.
         capacity: committed rows a sequence can have.
         plan: what to draft.
         rule: how the target picks tokens; one that looks at scores alone.
     """
 
-    def __init__(
-        self, model: Any, layers: FusedLayers, batch: int, capacity: int, plan: DraftPlan, rule: Rule
-    ):
+    def __init__(self, model: Any, batch: int, capacity: int, plan: DraftPlan, rule: Rule):
         device, dtype = model.device, model.dtype
-        self.model, self.layers, self.plan, self.rule = model, layers, plan, rule
+        self.model, self.plan, self.rule = model, plan, rule
+        self.layers = fused_layers_of(model)
         self.nodes = plan.shape.nodes
         self.streams = plan.shape.streams if self.nodes > 1 else 0
         self.depth = max(self.streams, plan.lookup) if self.nodes > 1 else 0
@@ -85,6 +86,10 @@ class FusedStep:
             count: BestTokensWorkspace.allocate(batch * count, vocab, device) for count in {1, self.nodes}
         }
         self.drafting = self._draft_workspace(batch, device) if self.nodes > 1 else None
+        self.prior = self._prior(device) if self.nodes > 1 else None
+        # Held here: a graph knows nothing but addresses.
+        biased = self.nodes > 1 and model.streams.config.transition_rank
+        self.tables = model.transition_tables() if biased else (None, None)
         self.logits = torch.empty(0)
         self.stream_states: torch.Tensor | None = None
 
@@ -101,6 +106,13 @@ class FusedStep:
         return DraftWorkspace.allocate(
             batch, self.streams, vocab, beam, self.nodes, rank, model.dtype, device
         )
+
+    def _prior(self, device: torch.device) -> torch.Tensor:
+        """Returns (streams, beam) float32 logarithms of how often each rank was right, as drafting wants them: never rising."""
+        beam = self.plan.beam or 1
+        rows = [[*ranks, *[ranks[-1]] * beam][:beam] for ranks in rank_accuracy(self.model)[: self.streams]]
+        shares = torch.tensor(rows, dtype=torch.float32).clamp_min(LEAST_SHARE)
+        return shares.cummin(dim=1).values.log().to(device)
 
     def prepare_prefill(self, seq: int) -> None:
         """Makes what prompts of `seq` tokens need and a captured graph must not make."""
@@ -145,14 +157,15 @@ class FusedStep:
 
     def draft(self) -> None:
         """Grows the tree of the next step."""
-        if self.drafting is None:
+        states = self.state.stream_hidden
+        if self.drafting is None or states is None:
             self.tree.tokens.copy_(self.state.root[:, None])
             return
-        if self.continuation is not None:
+        if self.continuation is not None and self.state.history is not None:
             lookup_continuation(self.state.history, self.state.lengths, self.state.root, self.continuation)
-        parents, tokens = self.model.transition_tables() if self._biased() else (None, None)
+        parents, tokens = self.tables
         draft_tree(
-            self._head(self.state.stream_hidden),
+            self._head(states),
             self.state.root,
             parents,
             tokens,
@@ -160,6 +173,8 @@ class FusedStep:
             self.plan.beam or 1,
             self.drafting,
             self.continuation,
+            prior=self.prior,
+            trust=self.plan.trust,
         )
 
     def forward(self) -> None:
@@ -215,9 +230,6 @@ class FusedStep:
         if not self.rule.do_sample and not self.rule.processors:
             return best_tokens(logits, self.choosing[logits.shape[1]])
         return self.rule.pick(self.rule.scores(logits, []))
-
-    def _biased(self) -> bool:
-        return bool(self.model.streams.config.transition_rank)
 
 
 def _settle(hidden: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..integrations import triton_support
-from ..models.spec_stream.fused_layers import FusedLayers, unfused_reason
+from ..models.spec_stream.fused_layers import unfused_reason, weights_of
 from .step_record import PhaseTimer
 from .tree_tuning import DraftPlan
 from .verification import Rule
@@ -47,6 +47,8 @@ def uncaptured_reason(model: Any, plan: DraftPlan, rule: Rule) -> str | None:
         return f"a captured tree has at most {LARGEST_TREE} nodes, not {plan.shape.nodes}"
     if plan.shape.nodes > 1 and plan.beam is None:
         return "the plan has a fixed tree, captured trees grow on the device"
+    if plan.shape.nodes > 1 and not plan.shape.streams:
+        return "captured trees are drafted by streams, the plan has none"
     return None
 
 
@@ -70,7 +72,7 @@ class Geometry:
     plan: DraftPlan
     rule: str
     phases: bool
-    weights: tuple[int, torch.dtype]
+    weights: tuple[int, torch.dtype, int]
 
 
 def geometry_of(
@@ -78,7 +80,6 @@ def geometry_of(
 ) -> Geometry:
     """Returns the geometry that serves prompts of `longest` tokens and `room` new ones."""
     limit = model.config.max_position_embeddings
-    weight = model.get_input_embeddings().weight
     return Geometry(
         batch=batch,
         capacity=_bucket(min(longest + room, limit), SMALLEST_CAPACITY),
@@ -87,7 +88,7 @@ def geometry_of(
         rule=repr([(type(one).__name__, sorted(vars(one).items(), key=str)) for one in rule.processors])
         + str(rule.do_sample),
         phases=phases,
-        weights=(weight.data_ptr(), weight.dtype),
+        weights=weights_of(model),
     )
 
 
@@ -95,20 +96,26 @@ def _bucket(size: int, least: int) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+class _Runners(OrderedDict):
+    """A model's runners, the latest last; a copy of the model starts without any."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Runners:
+        return _Runners()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Runners, ()
+
+
 def runner_for(model: Any, geometry: Geometry, rule: Rule) -> GraphRunner:
     """Returns the model's runner of a geometry; captures it where there is none yet."""
-    runners = model.__dict__.setdefault("_graph_runners", OrderedDict())
+    runners = model.__dict__.setdefault("_graph_runners", _Runners())
     serving = [known for known in runners if _serves(known, geometry)]
     if serving:
         runners.move_to_end(serving[0])
         return runners[serving[0]]
     while len(runners) >= KEPT:
         runners.popitem(last=False)
-    layers = model.__dict__.get("_fused_layers")
-    if layers is None or layers.source != geometry.weights:
-        layers = model.__dict__["_fused_layers"] = FusedLayers(model)
-        layers.source = geometry.weights
-    runners[geometry] = GraphRunner(model, layers, geometry, rule)
+    runners[geometry] = GraphRunner(model, geometry, rule)
     return runners[geometry]
 
 
@@ -137,18 +144,20 @@ class GraphRunner:
         capture_bytes: device memory that buffers and graphs hold.
     """
 
-    def __init__(self, model: Any, layers: FusedLayers, geometry: Geometry, rule: Rule):
+    def __init__(self, model: Any, geometry: Geometry, rule: Rule):
         from .fused_step import FusedStep
 
         started, reserved = time.perf_counter(), torch.cuda.memory_reserved(model.device)
         self.device = model.device
         self.geometry = geometry
-        self.step_buffers = FusedStep(model, layers, geometry.batch, geometry.capacity, geometry.plan, rule)
+        self.step_buffers = FusedStep(model, geometry.batch, geometry.capacity, geometry.plan, rule)
         self.ahead = 0 if geometry.plan.shape.nodes > 1 or geometry.phases else 1
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._outlets = [self._outlet() for _ in range(self.ahead + 1)]
-        self._prefills = {seq: self._capture_prefill(seq) for seq in self._buckets()}
-        self._steps = [self._capture_step(outlet) for outlet in self._outlets]
+        # What a sampled call draws must not depend on whether it found its graphs made.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self._prefills = {seq: self._capture_prefill(seq) for seq in self._buckets()}
+            self._steps = [self._capture_step(outlet) for outlet in self._outlets]
         self._issued = self._read = 0
         torch.cuda.synchronize(self.device)
         self.capture_s = time.perf_counter() - started
@@ -159,7 +168,7 @@ class GraphRunner:
         return _Outlet(tokens, torch.cuda.Event(external=True))
 
     def _buckets(self) -> list[int]:
-        sizes = [SMALLEST_PROMPT]
+        sizes = [min(SMALLEST_PROMPT, self.geometry.longest_prompt)]
         while sizes[-1] < self.geometry.longest_prompt:
             sizes.append(min(2 * sizes[-1], self.geometry.longest_prompt))
         return sizes
@@ -243,6 +252,14 @@ class GraphRunner:
         self._read += 1
         return [row[1 : 1 + row[0]] for row in packed]
 
+    def replay_prefill(self, tokens: int) -> Callable[[], None]:
+        """Returns what replays the prompt pass that serves `tokens` tokens, for measuring."""
+        return self._prefills[min(size for size in self._prefills if size >= tokens)][2].replay
+
+    def replay_step(self) -> Callable[[], None]:
+        """Returns what replays a step, for measuring."""
+        return self._steps[0][0][1].replay
+
     def finish(self, finished: list[bool]) -> None:
         """Stops the growth of sequences that have ended."""
         if self.geometry.batch > 1:
@@ -251,5 +268,7 @@ class GraphRunner:
 
 def release_runners(model: Any) -> None:
     """Frees what captured graphs hold of the device's memory."""
+    # The layers would keep their weights on the device when the model has left it.
+    model.__dict__.pop("_fused_layers", None)
     if model.__dict__.pop("_graph_runners", None):
         torch.cuda.empty_cache()

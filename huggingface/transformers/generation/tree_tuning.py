@@ -2,29 +2,25 @@
 
 A node is worth the probability that decoding passes through it: the product of its path's accuracies. The best tree of n nodes
 holds the n worthiest, and worth never grows with depth, so it is grown greedily. Expected tokens a step are the sum of the
-worths (the root's 1 is the bonus token); divided by the step's seconds for n nodes they rank the sizes.
+worths (the root's 1 is the bonus token); divided by the step's seconds (`step_cost.py`) they rank the candidates.
 
-A step's seconds are measured where the model will run. Sizes take turns, so that a busy moment of the machine meets all alike.
+Where steps are captured, trees are grown on the device for each step anew; the fixed tree of as many nodes is then a lower bound
+of what they yield. Plain decoding is always among the candidates and stays unless drafting is clearly faster.
 """
 
 from __future__ import annotations
 
 import heapq
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
-from ..cache_utils import StaticTreeCache
-from ..integrations.packed_linear import pack_linears
-from .decode_step import DecodeState, decode_step
-from .draft_sources import StreamSource
 from .draft_tree import TreeShape
-from .step_record import PhaseTimer
+from .step_cost import REPLAYS, captured_step_seconds, eager_step_seconds
 from .verification import Rule
 
 UNCALIBRATED = (0.6, 0.15, 0.06, 0.03)
@@ -32,18 +28,26 @@ UNCALIBRATED = (0.6, 0.15, 0.06, 0.03)
 DEFAULT_NODES = {"cpu": 8, "cuda": 32}
 """Nodes of a tree on a device for which nothing was tuned."""
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
-"""Node budgets that tuning tries."""
+"""Node budgets that tuning tries with steps launched one by one."""
+CAPTURED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Node budgets that it tries with captured steps; each costs the capture of a graph, and kernels of its own at the first time."""
 LARGEST_ON_CPU = 32
-"""Largest of them tried on a CPU, where a step's cost grows with its rows from the start."""
+"""Largest budget tried on a CPU, where a step's cost grows with its rows from the start."""
+LARGEST_STEP = 512
+"""Nodes of a captured step, all sequences together, beyond which no tree is tried: such a step computes longer than it reads."""
 BEAM = 8
 """Candidates that a tree grown on the device expands at each depth."""
+LOOKUP, LEAST_LOOKUP_NODES = 4, 16
+"""Tokens that a grown tree may copy from the context, and nodes from which it may: a small tree has better uses for a node.
+Worth 2 % of acceptance on Spider at 32 nodes, nothing on DialogSum and E2E."""
+TRUST = 0.3
+"""Weight of the streams' own probabilities against the calibrated rank accuracies where a tree is grown on the device."""
 CONTEXT = 256
 """Committed tokens before the steps that are measured: a prompt of the benchmark's sets and half an answer."""
-WARMUP_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 2, 5, 12
-BUDGET_S = 4.0
-"""Seconds after which no further round of measuring starts, once there are `LEAST_ROUNDS`."""
 TIE = 0.02
-"""Sizes within this share of the highest speed count as equally fast; medians of a dozen steps differ by as much."""
+"""Candidates within this share of the highest speed count as equally fast; medians of a dozen steps differ by as much."""
+LEAST_GAIN = 0.03
+"""What drafting must gain over plain decoding to be chosen; less may be a loss with prompts unlike those of calibration."""
 CONFIG_KEY = "spec_stream"
 """Name under which `generation_config.json` keeps accuracies and tuned sizes."""
 
@@ -54,23 +58,46 @@ class DraftPlan:
 
     Attributes:
         shape: the tree.
-        keep: nodes that survive pruning before streams are added; `None` for no pruning.
-        source: where the size came from: `tuned`, `default`, `given` or `plain`.
+        keep: nodes that survive pruning before streams are added; `None` for no pruning. A grown tree is never pruned: it holds
+            the best nodes from the start.
+        source: where the size came from: `tuned`, `default`, `given` or `plain`; plans that differ in it alone are equal.
         beam: candidates that a tree grown on the device expands at each depth, and children of each; 1 is a chain. `None`: the
             tree has the shape's own parents in every step. A grown tree takes from the shape its nodes and its streams.
         lookup: tokens that a grown tree may copy from the context after an n-gram seen before; 0 for none.
+        trust: of a grown tree, weight of the streams' own probabilities against the calibrated rank accuracies, 0 to 1.
     """
 
     shape: TreeShape
     keep: int | None = None
-    source: str = "given"
+    source: str = field(default="given", compare=False)
     beam: int | None = None
     lookup: int = 0
+    trust: float = TRUST
 
     @classmethod
     def plain(cls) -> DraftPlan:
         """Returns the plan of plain decoding: a root and no streams."""
         return cls(TreeShape((-1,), 0), source="plain")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was measured.
+
+    Attributes:
+        plan: what is drafted.
+        step_s: measured seconds of a step.
+        tokens_per_step: expected tokens of a step and sequence.
+    """
+
+    plan: DraftPlan
+    step_s: float
+    tokens_per_step: float
+
+    @property
+    def speed(self) -> float:
+        """Expected tokens a second of one sequence."""
+        return self.tokens_per_step / self.step_s
 
 
 @dataclass(frozen=True)
@@ -81,24 +108,22 @@ class Tuning:
         setting: the name it is kept under, see :func:`setting_name`.
         batch: sequences of the steps that were measured.
         context: committed tokens before them.
-        nodes: chosen number of nodes.
-        step_s: nodes to measured seconds of a step.
-        tokens_per_step: nodes to expected tokens of a step.
+        candidates: what was measured, smallest first.
+        chosen: one of them.
+        entry: what is kept of it, see :func:`entry_of`.
     """
 
     setting: str
     batch: int
     context: int
-    nodes: int
-    step_s: dict[int, float]
-    tokens_per_step: dict[int, float]
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    entry: int | dict[str, int]
 
-    def speeds(self) -> dict[int, float]:
-        """Returns expected tokens a second by number of nodes, all sequences together."""
-        return {
-            nodes: self.batch * self.tokens_per_step[nodes] / seconds
-            for nodes, seconds in self.step_s.items()
-        }
+    @property
+    def nodes(self) -> int:
+        """Chosen number of nodes."""
+        return self.chosen.plan.shape.nodes
 
 
 def grow_tree(accuracy: Sequence[Sequence[float]], max_nodes: int, streams: int) -> tuple[TreeShape, float]:
@@ -138,21 +163,26 @@ def grow_tree(accuracy: Sequence[Sequence[float]], max_nodes: int, streams: int)
     return TreeShape(parents, deepest), expected
 
 
-def choose_tree(
-    accuracy: Sequence[Sequence[float]], step_cost: Mapping[int, float], streams: int
-) -> tuple[TreeShape, dict[int, float]]:
-    """Returns the tree with the most expected tokens a second, the smallest of a tie, and the expected tokens of each size.
+def expected_tokens(accuracy: Sequence[Sequence[float]], shape: TreeShape) -> float:
+    """Returns the tokens that a step with this tree emits on average: the sum of its nodes' worths."""
+    worths = [1.0]
+    for node in range(1, shape.nodes):
+        worths.append(worths[shape.parents[node]] * accuracy[shape.depths[node] - 1][shape.ranks[node]])
+    return sum(worths)
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate:
+    """Returns the candidate with the most expected tokens a second, the smallest of a tie; plain decoding if it is hardly slower.
 
     Args:
-        accuracy: as in :func:`grow_tree`.
-        step_cost: nodes to measured seconds of a step.
-        streams: largest depth.
+        candidates: with plain decoding among them.
     """
-    grown = {nodes: grow_tree(accuracy, nodes, streams) for nodes in step_cost}
-    speeds = {nodes: grown[nodes][1] / seconds for nodes, seconds in step_cost.items()}
-    enough = (1 - TIE) * max(speeds.values())
-    best = min(nodes for nodes, speed in speeds.items() if speed >= enough)
-    return grown[best][0], {nodes: expected for nodes, (_, expected) in grown.items()}
+    plain = next(one for one in candidates if one.plan.shape.nodes == 1)
+    best = max(one.speed for one in candidates)
+    if best <= (1 + LEAST_GAIN) * plain.speed:
+        return plain
+    tied = [one for one in candidates if one.speed >= (1 - TIE) * best]
+    return min(tied, key=lambda one: (one.plan.shape.rows, -one.speed))
 
 
 def saved_settings(model) -> dict[str, Any]:
@@ -165,6 +195,8 @@ def update_settings(model, **values: Any) -> None:
     setattr(model.generation_config, CONFIG_KEY, {**saved_settings(model), **values})
     # Upstream drops everything it does not know from a generation configuration that it derived itself.
     model.generation_config._from_model_config = False
+    # Captured steps hold what was drafted by before.
+    model.__dict__.pop("_graph_runners", None)
 
 
 def rank_accuracy(model) -> list[list[float]]:
@@ -194,7 +226,20 @@ def setting_name(model, batch: int = 1) -> str:
 
 def tuned_nodes(model, batch: int = 1) -> int | None:
     """Returns the number of nodes tuned for the model's device, dtype and this batch size; `None` where nobody has."""
-    return saved_settings(model).get("draft_nodes", {}).get(setting_name(model, batch))
+    entry = _entries(model).get(setting_name(model, batch))
+    return int(entry["nodes"] if isinstance(entry, Mapping) else entry) if entry else None
+
+
+def _entries(model) -> dict[str, Any]:
+    return saved_settings(model).get("draft_nodes") or {}
+
+
+def entry_of(plan: DraftPlan, captured: bool) -> int | dict[str, int]:
+    """Returns what a checkpoint keeps of a tuned plan: its nodes and, for captured steps, its streams and its beam as well."""
+    shape = plan.shape
+    return (
+        {"nodes": shape.nodes, "streams": shape.streams, "beam": plan.beam or 1} if captured else shape.nodes
+    )
 
 
 def plan_for(model, draft_nodes: int | None = None, batch: int = 1) -> DraftPlan:
@@ -202,138 +247,150 @@ def plan_for(model, draft_nodes: int | None = None, batch: int = 1) -> DraftPlan
 
     Args:
         model: decoder with streams.
-        draft_nodes: node budget; `None` takes what was tuned for this device and batch size, else for one sequence, else a
-            default.
+        draft_nodes: node budget; `None` takes what was tuned for this device and batch size, else for the next smaller batch that
+            was, else a default, these two cut to the rows of a step that is worth its time. One node drafts nothing.
         batch: sequences of the call.
     """
-    streams = model.streams.config.streams
-    source = "given"
-    if draft_nodes is None:
-        tuned = tuned_nodes(model, batch) or tuned_nodes(model)
-        source = "tuned" if tuned else "default"
-        draft_nodes = tuned or DEFAULT_NODES.get(model.device.type, DEFAULT_NODES["cpu"])
-    shape, _ = grow_tree(rank_accuracy(model), draft_nodes, streams)
-    beam = BEAM if model.device.type == "cuda" else None
-    return DraftPlan(shape, _kept(model, draft_nodes), source, beam)
+    if draft_nodes is not None:
+        return _saved_plan(model, draft_nodes, "given")
+    size, entries = batch_class(batch), _entries(model)
+    smaller = (size >> shift for shift in range(size.bit_length()))
+    found = next((one for one in smaller if entries.get(setting_name(model, one))), None)
+    if found == size:
+        return _saved_plan(model, entries[setting_name(model, size)], "tuned")
+    source, entry = "default", DEFAULT_NODES.get(model.device.type, DEFAULT_NODES["cpu"])
+    if found is not None:
+        source, entry = "tuned", entries[setting_name(model, found)]
+    most = max(1, LARGEST_STEP // size) if _default_beam(model) else None
+    return _saved_plan(model, entry, source, most)
 
 
-def _kept(model, nodes: int) -> int | None:
-    return max(1, nodes // 2) if model.streams.config.pruning_rank else None
+def _default_beam(model) -> int | None:
+    return BEAM if model.device.type == "cuda" else None
+
+
+def _saved_plan(model, entry: int | Mapping[str, int], source: str, most: int | None = None) -> DraftPlan:
+    """Returns the plan of a number of nodes, or of an entry with streams and beam; of at most `most` nodes."""
+    streams, beam = model.streams.config.streams, _default_beam(model)
+    if isinstance(entry, Mapping):
+        nodes, beam = entry["nodes"], entry.get("beam", BEAM)
+        streams = min(entry.get("streams", streams), streams)
+    else:
+        nodes = entry
+    return make_plan(model, nodes if most is None else min(nodes, most), streams, beam, source)
+
+
+def make_plan(model, nodes: int, streams: int, beam: int | None, source: str = "given") -> DraftPlan:
+    """Returns a plan of so many nodes and streams; without `beam` its tree is fixed and has no stream that it cannot use."""
+    if nodes == 1:
+        return replace(DraftPlan.plain(), source=source)
+    accuracy = tuple(tuple(ranks) for ranks in rank_accuracy(model))
+    shape = _shape(accuracy, nodes, streams, beam)
+    keep = max(1, nodes // 2) if model.streams.config.pruning_rank else None
+    lookup = LOOKUP if beam is not None and beam > 1 and nodes >= LEAST_LOOKUP_NODES else 0
+    return DraftPlan(shape, keep, source, beam, lookup, trust=saved_settings(model).get("trust", TRUST))
+
+
+@lru_cache(maxsize=64)
+def _shape(accuracy: tuple[tuple[float, ...], ...], nodes: int, streams: int, beam: int | None) -> TreeShape:
+    """Returns the tree of a plan; kept, because every call of `generate` asks for it."""
+    if beam is None:
+        return grow_tree(accuracy, nodes, streams)[0]
+    shape, _ = grow_tree([ranks[:beam] for ranks in accuracy], nodes, streams)
+    # A tree grown on the device may be deeper than the fixed one of as many nodes.
+    return TreeShape(shape.parents, min(streams, shape.nodes - 1))
 
 
 def tune(model, sizes: Sequence[int] | None = None, context: int = CONTEXT, batch: int = 1) -> Tuning:
-    """Measures steps of several tree sizes on the model's device and returns the size with the most expected tokens a second.
+    """Measures steps of several trees on the model's device and returns the one with the most expected tokens a second.
 
-    The model's `generation_config` is updated in memory; `save_pretrained` keeps it.
+    Steps are measured as they will run: captured where that is possible. The model's `generation_config` is updated in memory;
+    `save_pretrained` keeps it.
 
     Args:
         model: decoder with streams.
-        sizes: node budgets to try; by default those of `SIZES` that suit the device. Larger than any tree: left out.
+        sizes: node budgets to try, plain decoding (1) besides; by default those that suit the device and the batch.
         context: committed tokens before the step; cut to the positions the model has.
         batch: sequences; tuned as the next power of two.
+
+    Raises:
+        ValueError: a size that no captured step can have.
     """
-    streams = model.streams.config.streams
-    accuracy = rank_accuracy(model)
+    batch, captured = batch_class(batch), captures_steps(model)
+    replays = REPLAYS if captured else 1
+    room = (replays + 1) * (model.streams.config.streams + 1)
+    context = max(1, min(context, model.config.max_position_embeddings - room))
+    plans = _captured_plans(model, sizes, batch) if captured else _fixed_plans(model, sizes)
+    cost = _measure_what_fits(model, plans, context, batch, captured)
+    if captured:
+        shallow = _shallower(model, _candidates(model, cost))
+        cost |= _measure_what_fits(model, shallow, context, batch, captured, allow_none=True)
+    candidates = _candidates(model, cost)
+    chosen = choose(candidates)
+    setting, entry = setting_name(model, batch), entry_of(chosen.plan, captured)
+    update_settings(model, draft_nodes={**_entries(model), setting: entry})
+    return Tuning(setting, batch, context, candidates, chosen, entry)
+
+
+def captures_steps(model) -> bool:
+    """Returns whether the model's steps, with drafts and greedily, run as captured graphs."""
+    from .graph_runner import uncaptured_reason  # which needs this module
+
+    plan = make_plan(model, 2, 1, BEAM)
+    return uncaptured_reason(model, plan, Rule(LogitsProcessorList())) is None
+
+
+def _fixed_plans(model, sizes: Sequence[int] | None) -> list[DraftPlan]:
     if sizes is None:
         sizes = [nodes for nodes in SIZES if model.device.type != "cpu" or nodes <= LARGEST_ON_CPU]
-    context = max(1, min(context, model.config.max_position_embeddings - 2 * streams - 2))
-    grown = {nodes: grow_tree(accuracy, nodes, streams)[0] for nodes in sorted(set(sizes))}
     # A budget beyond the largest tree there is gives the same tree again.
-    shapes = {shape.nodes: shape for shape in grown.values()}
-    cost = _measure_what_fits(model, shapes, context, batch_class(batch))
-    best, expected = choose_tree(accuracy, cost, streams)
-    setting = setting_name(model, batch)
-    tuned = {**saved_settings(model).get("draft_nodes", {}), setting: best.nodes}
-    update_settings(model, draft_nodes=tuned)
-    return Tuning(setting, batch_class(batch), context, best.nodes, cost, expected)
+    streams = model.streams.config.streams
+    return list(dict.fromkeys(make_plan(model, nodes, streams, None) for nodes in sorted({1, *sizes})))
 
 
-def _measure_what_fits(model, shapes: Mapping[int, TreeShape], context: int, batch: int) -> dict[int, float]:
-    """Returns the seconds of a step by size, without the largest sizes where these exceed the device's memory."""
-    left = dict(shapes)
-    while True:
+def _captured_plans(model, sizes: Sequence[int] | None, batch: int) -> list[DraftPlan]:
+    """Returns trees with all streams, and a chain, which a tree of as many nodes has to beat."""
+    streams, largest = model.streams.config.streams, CAPTURED_SIZES[-1]
+    if sizes is None:
+        most = min(largest, LARGEST_STEP // batch)
+        sizes = [nodes for nodes in (*CAPTURED_SIZES, streams + 1) if nodes <= most]
+    elif max(sizes) > largest:
+        raise ValueError(f"a captured tree has at most {largest} nodes, got {max(sizes)}.")
+    sizes = sorted({1, *sizes})
+    plans = [make_plan(model, nodes, streams, BEAM) for nodes in sizes]
+    chain = min(streams + 1, sizes[-1])
+    if chain > 2:  # two nodes are a chain already
+        plans.append(make_plan(model, chain, streams, 1))
+    return plans
+
+
+def _shallower(model, candidates: Sequence[Candidate]) -> list[DraftPlan]:
+    """Returns the two fastest trees with half the streams: fewer rows a node, no deep guesses."""
+    half = -(-model.streams.config.streams // 2)
+    trees = [one for one in candidates if one.plan.beam == BEAM and one.plan.shape.streams > half]
+    fastest = sorted(trees, key=lambda one: -one.speed)[:2]
+    return list(dict.fromkeys(make_plan(model, one.plan.shape.nodes, half, BEAM) for one in fastest))
+
+
+def _candidates(model, cost: Mapping[DraftPlan, float]) -> tuple[Candidate, ...]:
+    accuracy = rank_accuracy(model)
+    measured = [Candidate(plan, cost[plan], expected_tokens(accuracy, plan.shape)) for plan in cost]
+    return tuple(
+        sorted(measured, key=lambda one: (one.plan.shape.nodes, one.plan.shape.rows, one.plan.beam or 0))
+    )
+
+
+def _measure_what_fits(
+    model, plans: Sequence[DraftPlan], context: int, batch: int, captured: bool, allow_none: bool = False
+) -> dict[DraftPlan, float]:
+    """Returns the seconds of a step by plan, without the largest where these exceed the device's memory."""
+    measure = captured_step_seconds if captured else eager_step_seconds
+    left = sorted(plans, key=lambda plan: plan.shape.rows)
+    while left:
         try:
-            return measure_steps(model, left, context, batch)
+            return measure(model, left, context, batch)
         except torch.OutOfMemoryError:
-            if len(left) == 1:
+            if len(left) == 1 and not allow_none:
                 raise
-            del left[max(left)]
-
-
-@torch.no_grad()
-def measure_steps(model, shapes: Mapping[int, TreeShape], context: int, batch: int) -> dict[int, float]:
-    """Returns the seconds of a decode step with each of the shapes, the median over rounds.
-
-    Tokens and stream states are arbitrary: a step's cost does not depend on them.
-
-    Args:
-        model: decoder with streams.
-        shapes: trees by size.
-        context: committed tokens before the step.
-        batch: sequences.
-    """
-    pack_linears(model)
-    deepest = max(shape.depth for shape in shapes.values())
-    rows = max(shape.rows for shape in shapes.values())
-    cache = StaticTreeCache.for_model(model, batch, context + deepest + 1, rows)
-    return interleaved_medians(
-        sorted(shapes), lambda nodes: _step_seconds(model, cache, shapes[nodes], context, batch)
-    )
-
-
-def interleaved_medians(
-    sizes: Sequence[int], step: Callable[[int], float], clock: Callable[[], float] = time.perf_counter
-) -> dict[int, float]:
-    """Returns the median seconds of each size's steps, measured in rounds over all sizes.
-
-    Args:
-        sizes: what to measure.
-        step: does a step of this size and returns its seconds.
-        clock: tells when the time for further rounds is up.
-    """
-    started = clock()
-    samples: dict[int, list[float]] = {nodes: [] for nodes in sizes}
-    for turn in range(WARMUP_ROUNDS + MOST_ROUNDS):
-        if turn >= WARMUP_ROUNDS + LEAST_ROUNDS and clock() - started > BUDGET_S:
-            break
-        for nodes in sizes:
-            seconds = step(nodes)
-            if turn >= WARMUP_ROUNDS:
-                samples[nodes].append(seconds)
-    return {nodes: statistics.median(taken) for nodes, taken in samples.items()}
-
-
-def _step_seconds(model, cache: StaticTreeCache, shape: TreeShape, context: int, batch: int) -> float:
-    device = model.device
-    hidden = (batch, max(shape.streams, 1), model.config.hidden_size)
-    state = DecodeState(
-        root=torch.zeros(batch, dtype=torch.int64, device=device),
-        lengths=torch.full((batch,), context, device=device),
-        finished=torch.zeros(batch, dtype=torch.bool, device=device),
-        # Not drawn: sampling that follows must not depend on whether there was tuning.
-        stream_hidden=torch.zeros(hidden, dtype=model.dtype, device=device),
-        histories=[],
-        longest=context,
-        shortest=context,
-    )
-    keep = _kept(model, shape.nodes)
-    keep = keep if keep is not None and keep < shape.nodes else None
-    started = _now(device)
-    out = decode_step(
-        model,
-        cache,
-        state,
-        shape,
-        Rule(LogitsProcessorList()),
-        StreamSource(),
-        PhaseTimer(device, False),
-        keep,
-    )
-    out.packed.tolist()
-    return _now(device) - started
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        left.pop()
+    return {}

@@ -100,8 +100,16 @@ class Rule:
         """Returns the (batch, nodes) int64 tokens the target emits at each node."""
         if not self.do_sample:
             return scores.argmax(dim=-1)
-        probabilities = scores.float().softmax(dim=-1)
-        return torch.multinomial(probabilities.flatten(0, 1), 1).view(scores.shape[:-1])
+        return draw(scores.float().softmax(dim=-1))
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """Returns (...) int64 indices drawn from (..., vocab) probabilities.
+
+    The race of exponential clocks: index i rings after E / p_i, and the first to ring is i with probability p_i. Unlike
+    `torch.multinomial` it never asks the host, so that a captured step can draw.
+    """
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
 
 def _by_depth(shape: TreeShape, nodes: list[int]) -> list[list[int]]:

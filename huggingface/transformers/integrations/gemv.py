@@ -1,7 +1,7 @@
 """Linear layers of a single row: plain decoding at batch size 1.
 
 One row leaves the tensor cores nothing to do. Each program owns a few outputs and asks for all of their weights at once, in
-registers, before it waits for its input; so the memory streams on while the kernel in front finishes, and nothing is staged through
+registers, before it waits for its input; so the memory streams on while the kernel in front finishes, and nothing is staged in
 shared memory. Every program also normalises the row itself: reading a few kilobytes again costs less than a launch.
 """
 
@@ -108,7 +108,7 @@ def _normalised(row_ptr, scale_ptr, shift_ptr, at, inside, features, epsilon, NO
             shift = tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
             value = tl.where(inside, value - tl.sum(value, 0) / features, 0.0)
         value = value / tl.sqrt(tl.sum(value * value, 0) / features + epsilon)
-        if NORM == 1:
+        if NORM == 1:  # noqa: SIM108 - Triton compiles the branch that is taken
             value = value * scale + shift
         else:
             # Llama's own rounding: to the stored dtype before the weight.

@@ -142,9 +142,10 @@ def _library_linear(rows, weight, bias, activation, gated, residual) -> torch.Te
 def choose_tiles(rows: int, columns: int, inner: int, gated: bool) -> Tiles:
     """Returns tile sizes for a product.
 
-    From a sweep of some eighty settings a product on an H200, shapes of GPT-Neo-125M and 1.3B, 32 rows: wide tiles as long as there
-    are programs enough without dividing the inner dimension, narrow ones before a division, and a division only where nothing
-    else fills the card.
+    From a sweep of some eighty settings a product (H200, shapes of GPT-Neo-125M and 1.3B, 32 rows): wide tiles as long as there
+    are programs enough without dividing the inner dimension; a small model then takes narrow tiles before a division, a large one
+    a division before narrow tiles. Holding a small model's weights in registers, as `gemv.py` does, was slower: the conversion to
+    the tensor core's layout goes through shared memory anyway.
     """
     parts, widths = ((1, 4), (64, 32)) if inner >= 2048 else ((1, 2, 4), (64, 32, 16))
     wide, splits = next(

@@ -28,7 +28,7 @@ from functools import cache
 import torch
 
 from huggingface.transformers.integrations.tree_attention_kernel import tree_attention_kernel
-from huggingface.transformers.integrations.triton_support import overlaps_launches, unavailable
+from huggingface.transformers.integrations.triton_support import unavailable
 
 KEYS_PER_SPLIT = 128
 """Fewer keys than this at full capacity are not worth a program and a part to merge."""
@@ -105,7 +105,7 @@ def _partition(
     # Sixteen rows are the least a tensor core multiplies. At few rows a step waits for memory, so many small programs are better
     # than few large ones; a long prompt computes, and rather shares its keys. (H200, 320 and 1,500 committed keys, heads of 128:
     # 40 rows take 8.9 us in blocks of 16 and 15.4 us in blocks of 64; 160 rows 13.5 us in blocks of 32.)
-    block_rows = 16 if packed <= 64 else 32 if packed <= 256 else 64
+    block_rows = 16 if packed <= 64 else 32 if packed < 256 else 64
     if itemsize == 4 and _padded(head_dim) > 64:
         # Float32 has no tensor core and keeps whole operands in registers.
         block_rows = min(block_rows, 32)

@@ -5,8 +5,8 @@ The query heads of a kv head's group lie side by side in the block (packed row =
 values are read once for all of them. Running maximum, sum and unnormalised output of the rows go from one block of keys to the
 next as in FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1), in powers of two; the parts are merged the same way.
 
-It starts when the kernel in front of it has finished, not before: started early (see `triton_support`), its programs crowd onto the
-multiprocessors that happen to be free, which made a plain step of a 125M model 16 % slower.
+It starts when the kernel in front of it has finished, not before: started early (see `triton_support`), its programs crowd onto
+the multiprocessors that happen to be free, which made a plain step of a 125M model 16 % slower.
 """
 
 from __future__ import annotations

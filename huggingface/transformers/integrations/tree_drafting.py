@@ -14,15 +14,19 @@ from dataclasses import dataclass
 
 import torch
 
-from .tree_drafting_kernels import PARENT_ROWS, draft_level_kernel
+from .tree_drafting_kernels import draft_level_kernel, draft_selection_kernel
+from .tree_drafting_workspace import (
+    SELECTION_WARPS,
+    DraftWorkspace,
+    block_warps,
+    kernel_sizes,
+    next_power_of_two,
+    padded_rank,
+)
 from .triton_support import overlaps_launches, unavailable
 
 MOST_NODES = 64
 """Largest tree: the ancestors of a node are the bits of one int64."""
-TABLE_BYTES = 64 * 1024
-"""Bytes of the token table that one program holds in shared memory (100 KB on the smallest GPU the kernels run on)."""
-SMALL_VOCABULARY = 16384
-"""Up to here blocks of 128 tokens keep all processors busy; beyond, larger blocks leave fewer lists to merge."""
 
 
 @dataclass(frozen=True)
@@ -74,102 +78,6 @@ def as_bits(nodes: set[int]) -> int:
     return bits - (1 << 64) if bits >> 63 else bits
 
 
-@dataclass(frozen=True)
-class DraftWorkspace:
-    """What the kernels pass from one program to another, and from one level to the next.
-
-    A row of the pool is one level's candidates, best first; the places behind `keep` stay empty.
-
-    Attributes:
-        beam: parents expanded a level, and tokens of each.
-        keep: candidates of a level that are kept.
-        block: tokens of the vocabulary that one program scores.
-        keys: (batch, width, width, blocks) int64 best candidates of each block, parent by parent; width: `beam` rounded up.
-        maxima, totals: (batch, width, blocks) float32 each block's part of the log-sum-exp.
-        arrivals: (batch,) int32 programs that have finished; zero between launches.
-        candidates: (batch, width * width) int64 keys of one level's sums, before they are ranked.
-        sums: (batch, streams, slots) float32 pool: log-probabilities summed from the root, -inf for none.
-        tokens: (batch, streams, slots) int32 pool: tokens.
-        parents: (batch, streams, slots) int32 pool: place of the parent in the row's flattened pool, -1 for the root.
-        nodes: (batch, streams, slots) int32 place in the tree.
-    """
-
-    beam: int
-    keep: int
-    block: int
-    keys: torch.Tensor
-    maxima: torch.Tensor
-    totals: torch.Tensor
-    arrivals: torch.Tensor
-    candidates: torch.Tensor
-    sums: torch.Tensor
-    tokens: torch.Tensor
-    parents: torch.Tensor
-    nodes: torch.Tensor
-
-    @classmethod
-    def allocate(
-        cls,
-        batch: int,
-        streams: int,
-        vocab: int,
-        beam: int,
-        nodes: int,
-        rank: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> DraftWorkspace:
-        """Returns the workspace of :func:`draft_tree`.
-
-        Args:
-            batch: sequences.
-            streams: levels drafted by streams.
-            vocab: tokens of the vocabulary.
-            beam: parents expanded a level, and tokens of each.
-            nodes: nodes of the tree.
-            rank: of the transition tables, 0 for none.
-            dtype: of the transition tables.
-            device: where the trees are made.
-
-        Raises:
-            ValueError: `beam` is not in 1 .. 16, or there are no streams.
-        """
-        if not 1 <= beam <= PARENT_ROWS:
-            raise ValueError(f"beam must be 1 to {PARENT_ROWS}, got {beam}.")
-        if streams < 1:
-            raise ValueError(f"drafting needs at least one stream, got {streams}.")
-        width = max(2, next_power_of_two(beam))
-        keep = min(max(nodes - 1, beam), width * width)
-        block = vocabulary_block(vocab, rank, dtype)
-        blocks = -(-vocab // block)
-        pool = (batch, streams, next_power_of_two(keep + 1))
-
-        def empty(*shape: int, dtype: torch.dtype, fill: float = 0) -> torch.Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=device)
-
-        return cls(
-            beam=beam,
-            keep=keep,
-            block=block,
-            keys=empty(batch, width, width, blocks, dtype=torch.int64),
-            maxima=empty(batch, width, blocks, dtype=torch.float32),
-            totals=empty(batch, width, blocks, dtype=torch.float32),
-            arrivals=empty(batch, dtype=torch.int32),
-            candidates=empty(batch, width * width, dtype=torch.int64),
-            sums=empty(*pool, dtype=torch.float32, fill=float("-inf")),
-            tokens=empty(*pool, dtype=torch.int32),
-            parents=empty(*pool, dtype=torch.int32, fill=-1),
-            nodes=empty(*pool, dtype=torch.int32),
-        )
-
-
-def vocabulary_block(vocab: int, rank: int, dtype: torch.dtype) -> int:
-    """Returns the tokens that one program scores."""
-    most = 128 if vocab <= SMALL_VOCABULARY else 512
-    fits = TABLE_BYTES // (_padded_rank(rank) * dtype.itemsize) if rank else most
-    return max(16, min(most, 1 << (fits.bit_length() - 1)))
-
-
 def draft_tree(
     logits: torch.Tensor,
     root: torch.Tensor,
@@ -180,12 +88,18 @@ def draft_tree(
     workspace: DraftWorkspace | None = None,
     continuation: torch.Tensor | None = None,
     continuation_log_probability: float = -0.5,
+    prior: torch.Tensor | None = None,
+    trust: float = 1.0,
 ) -> None:
     """Fills `tree` with the best tree of its number of nodes.
 
     The tokens at depth j below a node that holds token t have the logits `logits[:, j - 1] + token_table @ parent_table[t]`.
     Ties of logits go to the lower token, ties of sums to the shallower candidate, then to the one with the better parent.
     Candidates without probability are no candidates.
+
+    A model may be surer than it is right. How often the r-th best token of a stream is accepted is measured beforehand; with this
+    `prior` a child of rank r (from 0, among the tokens of its parent) at depth j adds `trust * log_softmax + (1 - trust) *
+    prior[j - 1, r]` to its parent's sum instead of its log-probability alone.
 
     Args:
         logits: (batch, streams, vocab) what stream j says of depth j.
@@ -197,22 +111,32 @@ def draft_tree(
         continuation: (batch, length) int64 chain of tokens from the context, ended by -1; may be deeper than the streams. A token
             that the streams propose at the same place is counted once, as theirs, with the larger sum.
         continuation_log_probability: what each token of the chain adds to the sum; at most 0.
+        prior: (streams, beam) float32 logarithms of the calibrated accuracy of each rank: finite, at most 0, and never rising
+            from one rank to the next.
+        trust: weight of the log-probabilities beside the prior, 0 to 1; of no effect without one.
 
     Raises:
-        ValueError: one table without the other, a positive `continuation_log_probability`, or a workspace of other sizes.
+        ValueError: one table without the other, a positive `continuation_log_probability`, a `prior` of another shape, a `trust`
+            that is no weight, or a workspace of other sizes.
     """
     if (parent_table is None) != (token_table is None):
         raise ValueError("the transition bias needs both of its tables or neither.")
     if continuation_log_probability > 0:
         raise ValueError(f"a log-probability is at most 0, got {continuation_log_probability}.")
+    if not 0 <= trust <= 1:
+        raise ValueError(f"trust is a weight from 0 to 1, got {trust}.")
+    if prior is not None and tuple(prior.shape) != (logits.shape[1], beam):
+        raise ValueError(
+            f"the prior is (streams, beam) = {(logits.shape[1], beam)}, got {tuple(prior.shape)}."
+        )
     if tree.tokens.shape[1] == 1:
         tree.tokens.copy_(root[:, None])
         return
     arguments = (logits, root, parent_table, token_table, tree, beam, workspace, continuation)
     if unavailable(logits.device) is None and logits.dtype != torch.float64:
-        _draft_tree_triton(*arguments, continuation_log_probability)
+        _draft_tree_triton(*arguments, continuation_log_probability, prior, trust)
     else:
-        draft_tree_reference(*arguments, continuation_log_probability)
+        draft_tree_reference(*arguments, continuation_log_probability, prior, trust)
 
 
 def _draft_tree_triton(
@@ -225,6 +149,8 @@ def _draft_tree_triton(
     workspace: DraftWorkspace | None,
     continuation: torch.Tensor | None,
     step: float,
+    prior: torch.Tensor | None,
+    trust: float,
 ) -> None:
     batch, streams, vocab = logits.shape
     nodes = tree.tokens.shape[1]
@@ -234,48 +160,42 @@ def _draft_tree_triton(
             batch, streams, vocab, beam, nodes, rank, logits.dtype, logits.device
         )
     blocks = -(-vocab // workspace.block)
-    width, slots = workspace.keys.shape[1], workspace.sums.shape[2]
-    keep = min(max(nodes - 1, beam), width * width)
-    if (workspace.beam, workspace.keep, *workspace.sums.shape[:2]) != (beam, keep, batch, streams):
+    sizes = kernel_sizes(beam, nodes, streams, blocks)
+    shape = (batch, streams, sizes["SLOTS"])
+    if (workspace.beam, workspace.keep, *workspace.sums.shape) != (beam, sizes["KEEP"], *shape):
         raise ValueError(
             "the workspace was allocated for another batch, beam, number of streams or of nodes."
         )
     length = continuation.shape[1] if continuation is not None else 0
     pdl = overlaps_launches(logits.device)
     options = {"launch_pdl": True} if pdl else {}
+    lists = (workspace.keys, workspace.parts, workspace.sums, workspace.tokens, workspace.parents)
+    warps = block_warps(workspace.block)
     for level in range(streams):
         draft_level_kernel[(blocks, batch)](
-            logits, root, parent_table, token_table,
-            workspace.keys, workspace.maxima, workspace.totals, workspace.arrivals, workspace.candidates,
-            workspace.sums, workspace.tokens, workspace.parents, workspace.nodes,
-            tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.origins,
-            continuation, step, logits.stride(0), logits.stride(1), vocab, rank, level, nodes, length,
-            STREAMS=streams,
-            BLOCK=workspace.block,
-            BLOCKS=next_power_of_two(blocks),
-            RANK=_padded_rank(rank),
-            BEAM=beam,
-            WIDTH=width,
-            KEEP=keep,
-            SLOTS=slots,
-            ENTRIES=next_power_of_two(streams * slots),
-            NODES=next_power_of_two(nodes),
-            CHAIN=next_power_of_two(length) if length else 0,
+            logits, root, parent_table, token_table, *lists, prior, trust,
+            logits.stride(0), logits.stride(1), vocab, rank, level,
+            LOG_BLOCK=workspace.block.bit_length() - 1,
+            WARPS=warps,
+            RANK=padded_rank(rank),
             FIRST=level == 0,
-            LAST=level == streams - 1,
             PDL=pdl,
-            num_warps=4 if workspace.block <= 128 else 8,
+            num_warps=warps,
+            **sizes,
             **options,
         )  # fmt: skip
-
-
-def next_power_of_two(number: int) -> int:
-    """Returns the least power of two that is not below `number`."""
-    return 1 << (number - 1).bit_length()
-
-
-def _padded_rank(rank: int) -> int:
-    return max(16, next_power_of_two(rank)) if rank else 0
+    draft_selection_kernel[(batch,)](
+        root, *lists, prior, trust,
+        tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.origins,
+        continuation, step, nodes, length,
+        ENTRIES=next_power_of_two(streams * sizes["SLOTS"]),
+        NODES=next_power_of_two(nodes),
+        CHAIN=next_power_of_two(length) if length else 0,
+        PDL=pdl,
+        num_warps=SELECTION_WARPS,
+        **sizes,
+        **options,
+    )  # fmt: skip
 
 
 @dataclass
@@ -300,12 +220,15 @@ def draft_tree_reference(
     workspace: DraftWorkspace | None = None,
     continuation: torch.Tensor | None = None,
     continuation_log_probability: float = -0.5,
+    prior: torch.Tensor | None = None,
+    trust: float = 1.0,
 ) -> None:
     """Fills `tree` as :func:`draft_tree` does, in plain PyTorch, one sequence at a time; needs no workspace."""
     nodes = tree.tokens.shape[1]
     step = torch.tensor(continuation_log_probability, dtype=torch.promote_types(logits.dtype, torch.float32))
     for row, first in enumerate(root.tolist()):
-        pool = _stream_candidates(logits[row], first, parent_table, token_table, beam, max(nodes - 1, beam))
+        keep = max(nodes - 1, beam)
+        pool = _stream_candidates(logits[row], first, parent_table, token_table, beam, keep, prior, trust)
         if continuation is not None:
             _join_chain(pool, continuation[row].tolist(), step)
         pool.sort(key=lambda candidate: (-candidate.total, candidate.depth, candidate.place))
@@ -320,6 +243,8 @@ def _stream_candidates(
     token_table: torch.Tensor | None,
     beam: int,
     keep: int,
+    prior: torch.Tensor | None,
+    trust: float,
 ) -> list[_Candidate]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     pool: list[_Candidate] = []
@@ -331,7 +256,11 @@ def _stream_candidates(
             scores = scores + parent_table[held].to(scores.dtype) @ token_table.to(scores.dtype).T
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, :beam]
         above = torch.tensor([parent.total if parent else 0.0 for parent in frontier], dtype=scores.dtype)
-        sums = above.to(scores.device)[:, None] + scores.log_softmax(1).gather(1, best)
+        gains = scores.log_softmax(1).gather(1, best)
+        if prior is not None:
+            expected = prior[depth - 1, : best.shape[1]].to(gains.dtype)
+            gains = torch.where(gains.isfinite(), trust * gains + (1 - trust) * expected, gains)
+        sums = above.to(scores.device)[:, None] + gains
         order = sums.flatten().sort(descending=True, stable=True).indices[:keep].tolist()
         level = [
             _Candidate(

@@ -7,7 +7,7 @@ place: there, in the order of ties, stands the token that a chain copied from th
 
 from __future__ import annotations
 
-from .sortable_keys import sortable_key
+from .sortable_keys import count_larger, sortable_key
 from .triton_support import jit, tl
 
 
@@ -17,7 +17,6 @@ def select_tree(
     pool_sums,
     pool_tokens,
     pool_parents,
-    pool_nodes,
     tokens,
     parents,
     depths,
@@ -52,26 +51,16 @@ def select_tree(
         sums, merged, leaf = _merge_chain(
             sums, token, source, offered, level < reach, entry, level, chain_step, STREAMS
         )  # fmt: skip
-        tl.store(pool_sums + pool + entry, sums, mask=within)
-        tl.debug_barrier()
         chain_sums = tl.where((link >= merged) & (link < reach), (link + 1) * chain_step, lost)
         chain_order = link * SLOTS + SLOTS - 1
         chain_key = sortable_key(chain_sums, chain_order)
 
     key = sortable_key(sums, entry)
-    # Few columns at a time: the whole table of comparisons does not fit into registers.
-    COLUMNS: tl.constexpr = SLOTS if SLOTS * ENTRIES <= 4096 else 4096 // ENTRIES
-    ahead = tl.zeros((ENTRIES, COLUMNS), tl.int32)
-    for start in range(0, STREAMS * SLOTS, COLUMNS):
-        rival = start + tl.arange(0, COLUMNS)
-        rivals = sortable_key(tl.load(pool_sums + pool + rival), rival)
-        ahead += (rivals[None, :] > key[:, None]).to(tl.int32)
-    beaten = tl.sum(ahead, axis=1)
+    beaten = count_larger(key, ENTRIES, 8192 // ENTRIES)
     if CHAIN > 0:
         beaten += tl.sum((chain_key[None, :] > key[:, None]).to(tl.int32), axis=1)
     chosen = (sums > lost) & (beaten < nodes - 1)
     node = tl.cumsum(chosen.to(tl.int32), 0)
-    count = tl.sum(chosen.to(tl.int32), axis=0)
     if CHAIN > 0:
         # Sums fall along the chain and never rise above a parent's, so earlier links come first.
         chain_beaten = tl.sum((key[:, None] > chain_key[None, :]).to(tl.int32), axis=0)
@@ -80,60 +69,44 @@ def select_tree(
         chain_node = tl.sum(in_front.to(tl.int32), axis=0) + tl.cumsum(chain_chosen.to(tl.int32), 0)
         in_front = chain_chosen[None, :] & (chain_order[None, :] < entry[:, None])
         node += tl.sum(in_front.to(tl.int32), axis=1)
-        count += tl.sum(chain_chosen.to(tl.int32), axis=0)
 
-    tl.store(pool_nodes + pool + entry, node, mask=within & chosen)
-    tl.debug_barrier()
-    below = tl.load(pool_nodes + pool + source, mask=chosen & (source >= 0), other=0, cache_modifier=".cg")
-    tree = row * nodes
-    tl.store(tokens + tree + node, token.to(tl.int64), mask=chosen)
-    tl.store(parents + tree + node, below, mask=chosen)
-    tl.store(depths + tree + node, level + 1, mask=chosen)
-    tl.store(origins + tree + node, 1, mask=chosen)
+    number = tl.arange(0, NODES)
+    below = tl.where(source >= 0, tl.gather(node, tl.maximum(source, 0), 0), 0)
+    # Every node is one entry or one link at most, so sums only pick; where there is neither is padding.
+    here = tl.where(chosen, node, -1)[:, None] == number[None, :]
+    held = tl.sum(tl.where(here, token[:, None], 0), axis=0)
+    up = tl.sum(tl.where(here, below[:, None], 0), axis=0)
+    depth = tl.sum(tl.where(here, (level + 1)[:, None], 0), axis=0)
+    origin = (depth > 0).to(tl.int32)
     if CHAIN > 0:
-        branch = tl.load(pool_nodes + pool + leaf, mask=leaf >= 0, other=0, cache_modifier=".cg")
+        branch = tl.max(tl.where((entry == leaf) & chosen, node, 0), axis=0)
         chain_below = tl.gather(chain_node, tl.maximum(link - 1, 0), 0)
         chain_below = tl.where(link == merged, branch, chain_below)
-        tl.store(tokens + tree + chain_node, chain_token.to(tl.int64), mask=chain_chosen)
-        tl.store(parents + tree + chain_node, chain_below, mask=chain_chosen)
-        tl.store(depths + tree + chain_node, link + 1, mask=chain_chosen)
-        tl.store(origins + tree + chain_node, 2, mask=chain_chosen)
-    _finish_tree(root, tokens, parents, depths, ancestors, origins, row, nodes, count, NODES)
+        here = tl.where(chain_chosen, chain_node, -1)[:, None] == number[None, :]
+        held += tl.sum(tl.where(here, chain_token[:, None], 0), axis=0)
+        up += tl.sum(tl.where(here, chain_below[:, None], 0), axis=0)
+        chain_depth = tl.sum(tl.where(here, (link + 1)[:, None], 0), axis=0)
+        depth += chain_depth
+        origin += 2 * (chain_depth > 0).to(tl.int32)
+    tree = row * nodes + number
+    real = number < nodes
+    tl.store(tokens + tree, tl.where(number == 0, tl.load(root + row), held.to(tl.int64)), mask=real)
+    tl.store(parents + tree, up, mask=real)
+    tl.store(depths + tree, tl.where((depth == 0) & (number > 0), 1, depth), mask=real)
+    tl.store(origins + tree, origin, mask=real)
+    DEEPEST: tl.constexpr = STREAMS if STREAMS > CHAIN else CHAIN
+    tl.store(ancestors + tree, _ancestor_bits(up, number, DEEPEST, NODES), mask=real)
 
 
 @jit
-def _finish_tree(
-    root,
-    tokens,
-    parents,
-    depths,
-    ancestors,
-    origins,
-    row,
-    nodes,
-    count,
-    NODES: tl.constexpr,
-):
-    """Writes the root, the padding behind the `count` nodes below it, and every node's ancestors."""
-    tree = row * nodes
-    number = tl.arange(0, NODES)
-    padding = (number > count) & (number < nodes)
-    tl.store(tokens + tree + number, 0, mask=padding)
-    tl.store(parents + tree + number, 0, mask=padding | (number == 0))
-    tl.store(depths + tree + number, 1, mask=padding)
-    tl.store(origins + tree + number, 0, mask=padding | (number == 0))
-    tl.store(tokens + tree, tl.load(root + row))
-    tl.store(depths + tree, 0)
-
-    tl.debug_barrier()
-    up = tl.load(parents + tree + number, mask=number < nodes, other=0, cache_modifier=".cg")
-    bits = tl.full((NODES,), 1, tl.int64)
-    at = number
-    while tl.max(at, axis=0) > 0:
-        bits |= tl.full((NODES,), 1, tl.int64) << at.to(tl.int64)
-        # Parents come first, so the minimum changes nothing; it keeps a fault elsewhere from becoming an endless loop.
-        at = tl.minimum(tl.gather(up, at, 0), tl.maximum(at - 1, 0))
-    tl.store(ancestors + tree + number, bits, mask=number < nodes)
+def _ancestor_bits(up, number, DEEPEST: tl.constexpr, NODES: tl.constexpr):
+    """Returns the bits of the nodes on every node's way from the root; each round doubles how far `up` (NODES,) leads."""
+    bits = tl.full((NODES,), 1, tl.int64) << number.to(tl.int64)
+    for doubling in tl.static_range(6):  # a tree of 64 nodes is at most 63 deep
+        if (1 << doubling) <= DEEPEST:
+            bits |= tl.gather(bits, up, 0)
+            up = tl.gather(up, up, 0)
+    return bits
 
 
 @jit

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import time
+import types
 
 import pytest
 import torch
 
-from huggingface.transformers.generation import tree_tuning
+from huggingface.transformers.generation import graph_runner, tree_tuning
 from huggingface.transformers.generation.utils import SpecGenerationMixin
 from models import Limits
+from models.loading import engine_decoder
+from models.loading.calls import Prompts
 from tests.models.loaders import PROMPT, loaded
 
 
@@ -57,11 +61,11 @@ def tunings(monkeypatch):
     """Batches that were tuned for; trees of four nodes cost least."""
     batches = []
 
-    def measured(model, shapes, context, batch):
+    def measured(model, plans, context, batch):
         batches.append(batch)
-        return {nodes: 1.0 if nodes == 4 else 10.0 for nodes in shapes}
+        return {plan: 1.0 if plan.shape.nodes == 4 else 10.0 for plan in plans}
 
-    monkeypatch.setattr(tree_tuning, "measure_steps", measured)
+    monkeypatch.setattr(tree_tuning, "eager_step_seconds", measured)
     return batches
 
 
@@ -99,6 +103,8 @@ def told(monkeypatch):
 
     def generate(self, *args, **kwargs):
         output = original(self, *args, **kwargs)
+        if kwargs.get("prepare_only"):
+            return output
         for name, value in answers.pop(0).items():
             setattr(output.statistics, name, value)
         return output
@@ -140,16 +146,116 @@ def test_upstreams_loop_has_no_runner(stream_checkpoint):
     assert (model.runner, model.capture_s, model.capture_bytes) == (None, None, None)
 
 
-def test_the_model_prepares_before_the_clock_starts(stream_checkpoint):
+@pytest.fixture
+def calls(monkeypatch):
+    """What `generate` was asked for and how often the clock was read before, one pair a call."""
+    asked, read = [], []
+    original = SpecGenerationMixin.generate
+
+    def clock():
+        read.append(None)
+        return time.perf_counter()
+
+    def generate(self, *args, **kwargs):
+        asked.append((kwargs, len(read)))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine_decoder, "time", types.SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(SpecGenerationMixin, "generate", generate)
+    return asked
+
+
+@pytest.mark.parametrize("phases", [False, True])
+def test_graphs_are_captured_before_the_clock_starts(stream_checkpoint, calls, phases):
     model = loaded("spec_stream", stream_checkpoint, draft_nodes=5)
-    asked, generate = [], model.model.generate
-    model.model.prepare_decoding = lambda **how: asked.append(how)
+    answers = model.generate(["abc", "de"], Limits(max_new_tokens=6), record_phases=phases)
+    assert len(answers[0].token_ids) == 6
+    (ahead, before), (timed, after) = calls
+    assert (before, after) == (0, 1)
+    assert ahead.pop("prepare_only") is True
+    assert {name: timed[name] for name in ahead} == ahead  # else other graphs would be captured
+    assert (ahead["record_phases"], ahead["draft_nodes"], ahead["drafts"]) == (phases, 5, "streams")
 
-    def timed(*args, **kwargs):
-        asked.append("generate")
-        return generate(*args, **kwargs)
 
-    model.model.generate = timed
-    model.generate(["abc", "de"], Limits(max_new_tokens=6))
-    expected = {"batch": 2, "drafts": "streams", "draft_nodes": 5, "prompt_tokens": 3, "max_new_tokens": 6}
-    assert asked == [expected, "generate"]
+def test_a_sweep_captures_nothing(stream_checkpoint, calls):
+    model = loaded("spec_stream", stream_checkpoint)
+    model.generate([PROMPT], Limits(max_new_tokens=4, ignore_eos=True), acceptance_ratio=0.5)
+    assert not any(kwargs.get("prepare_only") for kwargs, _ in calls)
+
+
+def test_capturing_draws_nothing(stream_checkpoint, monkeypatch):
+    model = loaded("spec_stream", stream_checkpoint)
+    limits = Limits(max_new_tokens=12, ignore_eos=True, temperature=1.0, seed=3)
+    expected = model.generate([PROMPT], limits)[0].token_ids
+    original = SpecGenerationMixin.generate
+
+    def generate(self, *args, **kwargs):
+        if kwargs.get("prepare_only"):
+            torch.rand(3)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SpecGenerationMixin, "generate", generate)
+    assert model.generate([PROMPT], limits)[0].token_ids == expected
+
+
+def test_one_node_is_plain_decoding(stream_checkpoint):
+    model = loaded("spec_stream", stream_checkpoint, draft_nodes=1)
+    answer = model.generate([PROMPT], Limits(max_new_tokens=8, ignore_eos=True))[0]
+    assert (
+        answer.token_ids
+        == loaded("static", stream_checkpoint)
+        .generate([PROMPT], Limits(max_new_tokens=8, ignore_eos=True))[0]
+        .token_ids
+    )
+    assert (model.draft_nodes, model.draft_source) == (1, "given")
+    assert {step["rows"] for step in answer.steps} == {1}
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The decoder's model is said to be on a GPU with captured steps; returns what was freed and checked, in order."""
+    done = []
+    monkeypatch.setattr(graph_runner, "uncaptured_reason", lambda *_: None)
+    monkeypatch.setattr(graph_runner, "release_runners", lambda model: done.append("freed"))
+    monkeypatch.setattr(engine_decoder, "check_fits", lambda model, *sizes: done.append(sizes))
+    return done
+
+
+class Elsewhere:
+    """A model as the memory check sees it, on another device."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+
+def test_a_new_batch_size_is_checked_after_the_graphs_of_others_are_freed(stream_checkpoint, a_gpu):
+    decoder = loaded("spec_stream", stream_checkpoint, draft_nodes=5)._decoder
+    decoder.model = Elsewhere(decoder.model)
+
+    def prepare(batch, tokens, new_tokens=8):
+        a_gpu.clear()
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        decoder.prepare(Prompts(ids, torch.ones_like(ids), new_tokens))
+        return list(a_gpu)
+
+    # 512 committed rows at least; five nodes and two steps of three tokens behind the end.
+    assert prepare(2, 10) == ["freed", (2, 512, 11)]
+    assert prepare(2, 40) == []  # its graphs are there and serve these prompts as well
+    assert prepare(4, 10) == ["freed", (4, 512, 11)]
+    assert prepare(2, 10) == []
+    decoder.model.config.max_position_embeddings = 2048
+    assert prepare(2, 600) == ["freed", (2, 1024, 11)]
+
+
+def test_without_graphs_the_check_is_for_what_the_call_takes(stream_checkpoint, monkeypatch):
+    checked = []
+    monkeypatch.setattr(engine_decoder, "check_fits", lambda model, *sizes: checked.append(sizes))
+    monkeypatch.setattr(graph_runner, "release_runners", lambda model: pytest.fail("there are no graphs"))
+    model = loaded("static", stream_checkpoint)
+    model.generate(["abcd"], Limits(max_new_tokens=3))
+    assert checked == [(1, 7, 2)]

@@ -21,6 +21,7 @@ from torch import nn
 
 from ...integrations import fused_norm
 from ...integrations.fused_norm import add_norm
+from ...integrations.packed_linear import PackedLinear
 from ...integrations.rotary import apply_rotary_
 from ...integrations.skinny_linear import LARGEST_ROWS, linear
 from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
@@ -33,6 +34,8 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 """Names that configurations use, and the kernel's name of the same function."""
+HOST_ROTARY = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on the longest position, which upstream compares on the host."""
 HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 """Features a head may have in the attention kernel."""
 
@@ -59,6 +62,9 @@ class LayerNames:
 
 def unfused_reason(model: Any) -> str | None:
     """Returns why a model's layers cannot run on the fused kernels, or `None` if they can."""
+    kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
+    if kind in HOST_ROTARY:
+        return f"rotary embeddings of type {kind!r} look at positions on the host"
     names = getattr(model, "layer_names", None)
     if names is None:
         return f"{type(model).__name__} does not say where its layers' parts are"
@@ -69,13 +75,19 @@ def unfused_reason(model: Any) -> str | None:
         return (
             f"no attention kernel knows heads of {head} features (known: {', '.join(map(str, HEAD_SIZES))})"
         )
-    layer = model.decoder_layers()[0]
+    # Each of them: quantisation may leave out some layers.
+    reasons = (_unfused_layer(layer, names) for layer in model.decoder_layers())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _unfused_layer(layer: nn.Module, names: LayerNames) -> str | None:
     for name in (names.norm, names.mlp_norm):
         if not fused_norm.is_known(layer.get_submodule(name)):
             return f"no kernel knows the norm {type(layer.get_submodule(name)).__name__}"
     linears = (*names.projections, names.output, *names.expand, names.contract)
     for name in linears:
-        if type(layer.get_submodule(name)) is not nn.Linear:
+        # Packed ones, in a model that has run on a CPU, keep their weight as it was.
+        if type(layer.get_submodule(name)) not in (nn.Linear, PackedLinear):
             return f"{name} is a {type(layer.get_submodule(name)).__name__}, which no fused product reads"
     if len(names.expand) == 2 and layer.get_submodule(names.expand[0]).bias is not None:
         return "no fused product reads a gated MLP with a bias"
@@ -101,10 +113,14 @@ class _Product:
         spans = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
         return cls(weight, bias, [pair for pair in zip(spans, updates, strict=True) if pair[1] is not None])
 
-    def apply(self, rows: torch.Tensor, streams: int, **epilogue: Any) -> torch.Tensor:
+    def apply(
+        self, rows: torch.Tensor, streams: int, norm: nn.Module | None = None, **epilogue: Any
+    ) -> torch.Tensor:
         """Returns the product of (batch, rows, in), its updates added to the last `streams` rows before the epilogue."""
         if not streams or not self.updates:
-            return linear(rows, self.weight, self.bias, **epilogue)
+            return linear(rows, self.weight, self.bias, norm=norm, **epilogue)
+        # Streams come beside other rows, and only a single row is left for a product to normalise.
+        assert norm is None
         product = linear(rows, self.weight, self.bias)
         for span, lora in self.updates:
             product[:, -streams:, span] += lora(rows[:, -streams:])
@@ -153,6 +169,25 @@ class _Layer:
     window: int | None
 
 
+def _nothing() -> None:
+    return None
+
+
+def weights_of(model: Any) -> tuple[int, torch.dtype, int]:
+    """Returns what tells one state of a model's weights from another: moved, cast, or with other streams."""
+    weight = model.get_input_embeddings().weight
+    streams = model.streams.parameters() if getattr(model, "streams", None) is not None else ()
+    return weight.data_ptr(), weight.dtype, sum(parameter._version for parameter in streams)
+
+
+def fused_layers_of(model: Any) -> FusedLayers:
+    """Returns the model's fused layers, the same for all who ask until its weights are moved or cast."""
+    layers = model.__dict__.get("_fused_layers")
+    if layers is None or layers.source != weights_of(model):
+        layers = model.__dict__["_fused_layers"] = FusedLayers(model)
+    return layers
+
+
 class FusedLayers:
     """A decoder's layers on fused kernels.
 
@@ -160,16 +195,22 @@ class FusedLayers:
         model: decoder with streams for which :func:`unfused_reason` is `None`.
 
     Attributes:
-        source: what the weights were taken from; set by whoever keeps the layers.
+        source: identifies the weights that were laid out, see :func:`weights_of`.
     """
 
     def __init__(self, model: Any):
         self.model = model
+        self.source = weights_of(model)
         self.activation = ACTIVATIONS[model.mlp_activation()]
         self.gated = len(model.layer_names.expand) == 2
         self.scaling = model.attention_scaling()
-        self.source: Any = None
         self.layers = [self._layer(index) for index in range(len(model.decoder_layers()))]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the model lays its own weights out when it first needs to."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
 
     def _layer(self, index: int) -> _Layer:
         layer = self.model.decoder_layers()[index]
@@ -220,7 +261,8 @@ class FusedLayers:
             rows_in, hidden, norm = _enter(hidden, update, layer.norm)
             projected = layer.project.apply(rows_in, streams, norm=norm)
             if rotary is not None:
-                apply_rotary_(projected, *rotary, self.heads(slots, projected), slots.keys.shape[1])
+                cos, sin = rotary
+                apply_rotary_(projected, cos, sin, self.heads(slots, projected), slots.keys.shape[1])
             attended = tree_attention(
                 projected, slots.keys, slots.values, lengths, rows, self.scaling, layer.window, workspace
             )

@@ -14,7 +14,7 @@ from huggingface.transformers.generation.draft_tree import (
     ancestor_matrix,
     stream_block,
 )
-from huggingface.transformers.generation.tree_tuning import choose_tree, grow_tree
+from huggingface.transformers.generation.tree_tuning import grow_tree
 from huggingface.transformers.generation.verification import verify
 from huggingface.transformers.masking_utils import visible_in_step, visible_with_streams
 
@@ -163,14 +163,6 @@ def test_grown_trees_are_valid_and_within_budget(nodes, streams):
     assert shape.nodes <= nodes
     assert shape.depth <= streams
     assert 1.0 <= expected <= streams + 1
-
-
-def test_tree_size_follows_the_measured_cost():
-    accuracy = [[0.7, 0.1]] * 4
-    flat = dict.fromkeys((1, 2, 4, 8), 1.0)
-    steep = {1: 1.0, 2: 3.0, 4: 6.0, 8: 12.0}
-    assert choose_tree(accuracy, flat, 4)[0].nodes == 8
-    assert choose_tree(accuracy, steep, 4)[0].nodes == 1
 
 
 def test_a_tree_needs_its_root():

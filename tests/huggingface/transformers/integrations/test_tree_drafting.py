@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from huggingface.transformers.integrations import tree_drafting_workspace
 from huggingface.transformers.integrations.tree_drafting import (
     DraftWorkspace,
     TreeTensors,
     as_bits,
     draft_tree,
     draft_tree_reference,
+)
+from huggingface.transformers.integrations.tree_drafting_workspace import (
+    SELECTION_WARPS,
+    block_warps,
+    kernel_sizes,
     next_power_of_two,
     vocabulary_block,
 )
@@ -39,6 +46,12 @@ def drafted(inputs, beam, nodes, draft=draft_tree, **options):
     tree = TreeTensors.allocate(len(inputs[0]), nodes, DEVICE)
     draft(*inputs, tree, beam, **options)
     return tree
+
+
+def falling_prior(streams, beam):
+    """Returns log-accuracies that fall along the ranks."""
+    torch.manual_seed(streams)
+    return (-torch.rand(streams, beam).cumsum(1)).to(DEVICE)
 
 
 def assert_same(tree, expected):
@@ -98,7 +111,6 @@ def test_a_workspace_serves_step_after_step():
     for seed in (0, 1, 1):
         inputs = draws(2, 3, 300, 8, seed=seed)
         draft_tree(*inputs, tree, 4, space, chain, -0.01)
-        assert space.arrivals.tolist() == [0, 0]
         reference = drafted(
             inputs, 4, 16, draft_tree_reference, continuation=chain, continuation_log_probability=-0.01
         )
@@ -234,6 +246,76 @@ class TestContinuation:
         assert (tree.tokens[0].tolist(), tree.origins[0].tolist()) == ([0, 2], [0, 1])
 
 
+@needs_kernels
+@settings(max_examples=6, deadline=None)
+@given(
+    streams=st.integers(1, 3),
+    beam=st.integers(1, 9),
+    nodes=st.integers(2, 40),
+    trust=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_priors_equal_the_reference(streams, beam, nodes, trust, seed):
+    inputs = draws(2, streams, 150, 4, seed=seed)
+    options = {"prior": falling_prior(streams, beam), "trust": trust}
+    tree = drafted(inputs, beam, nodes, **options)
+    assert_same(tree, drafted(inputs, beam, nodes, draft_tree_reference, **options))
+    assert_well_formed(tree, inputs[1])
+
+
+@needs_kernels
+def test_more_lists_than_are_merged_at_once(monkeypatch):
+    """Five blocks of 16 tokens, two lists at a time: the last of the rounded number is empty."""
+    monkeypatch.setattr(tree_drafting_workspace, "SMALL_BLOCK", 16)
+    monkeypatch.setattr(tree_drafting_workspace, "MERGED_KEYS", 8)
+    inputs = draws(1, 3, 75, 4)
+    assert_same(drafted(inputs, 4, 24), drafted(inputs, 4, 24, draft_tree_reference))
+
+
+@pytest.mark.parametrize("draft", [draft_tree, draft_tree_reference])
+class TestPrior:
+    def test_full_trust_leaves_the_tree_as_it_is(self, draft):
+        inputs = draws(1, 3, 40, 4)
+        assert_same(
+            drafted(inputs, 4, 16, draft, prior=falling_prior(3, 4), trust=1.0), drafted(inputs, 4, 16, draft)
+        )
+
+    def test_without_trust_only_ranks_count(self, draft):
+        """The second-best token of depth 1, however unlikely, comes before the best one of depth 2."""
+        logits = torch.tensor([[[9.0, 0.0, -9.0], [9.0, 0.0, -9.0]]], device=DEVICE)
+        inputs = (logits, torch.tensor([2], device=DEVICE), None, None)
+        prior = torch.tensor([[-0.5, -0.6], [-0.7, -0.8]], device=DEVICE)
+        assert drafted(inputs, 2, 3, draft).parents[0].tolist() == [0, 0, 1]
+        tree = drafted(inputs, 2, 4, draft, prior=prior, trust=0.0)
+        assert tree.tokens[0].tolist() == [2, 0, 1, 0]
+        assert tree.parents[0].tolist() == [0, 0, 0, 1]
+
+    def test_weighs_the_log_probability_against_the_rank(self, draft):
+        """Sums of the second child of the root and of the best grandchild cross where the weight is 1/2."""
+        first, second = torch.tensor([0.7, 0.3]).log(), torch.tensor([0.9, 0.1]).log()
+        logits = torch.stack([first, second])[None].to(DEVICE)
+        inputs = (logits, torch.tensor([0], device=DEVICE), None, None)
+        grandchild, child = (first[0] + second[0]).item(), first[1].item()
+        # At depth 1 the second rank is as much better than two steps down as it is worse by its log-probability.
+        prior = torch.tensor([[-0.1, -0.2], [-0.1 - (grandchild - child), -3.0]], device=DEVICE)
+        for trust, parent in ((0.45, 0), (0.55, 1)):
+            tree = drafted(inputs, 2, 3, draft, prior=prior, trust=trust)
+            assert tree.parents[0].tolist() == [0, 0, parent]
+
+    def test_gives_impossible_tokens_no_place(self, draft):
+        logits = torch.full((1, 2, 9), float("-inf"), device=DEVICE)
+        logits[0, :, [2, 5]] = torch.tensor([0.0, 1.0], device=DEVICE)
+        inputs = (logits, torch.tensor([0], device=DEVICE), None, None)
+        tree = drafted(inputs, 3, 9, draft, prior=falling_prior(2, 3), trust=0.0)
+        assert tree.origins[0].tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0]
+        assert_well_formed(tree, torch.tensor([0]))
+
+    def test_of_equal_ranks_keeps_the_order_of_parents(self, draft):
+        inputs = draws(1, 2, 40, 4)
+        tree = drafted(inputs, 4, 16, draft, prior=torch.full((2, 4), -1.0, device=DEVICE), trust=0.0)
+        assert tree.parents[0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+
+
 def test_impossible_requests_are_refused():
     inputs = draws(1, 2, 9, 4)
     tree = TreeTensors.allocate(1, 4, DEVICE)
@@ -247,6 +329,10 @@ def test_impossible_requests_are_refused():
         draft_tree(*inputs[:3], None, tree, 4)
     with pytest.raises(ValueError, match="at most 0"):
         draft_tree(*inputs, tree, 4, continuation_log_probability=0.1)
+    with pytest.raises(ValueError, match="trust"):
+        draft_tree(*inputs, tree, 4, prior=falling_prior(2, 4), trust=1.5)
+    with pytest.raises(ValueError, match="prior"):
+        draft_tree(*inputs, tree, 4, prior=falling_prior(2, 3))
 
 
 @needs_kernels
@@ -265,44 +351,35 @@ SIZES = {
 }
 
 
-def kernel_of(kind, vocab, beam, nodes, streams, chain, rank=64):
+MODULE = "huggingface.transformers.integrations.tree_drafting_kernels"
+TYPES = {name: "*i64" for name in ("root", "keys", "tokens", "ancestors", "continuation")}
+TYPES |= {name: "*fp32" for name in ("parts", "pool_sums", "prior")}
+TYPES |= {name: "*i32" for name in ("pool_tokens", "pool_parents", "parents", "depths", "origins")}
+TYPES |= {name: "i32" for name in ("logits_batch_stride", "logits_stream_stride", "vocab", "rank", "level")}
+TYPES |= {"nodes": "i32", "chain_length": "i32", "chain_step": "fp32", "trust": "fp32"}
+
+
+def kernels_of(kind, vocab, beam, nodes, streams, chain, rank=64):
+    """Returns what compiles the kernel of a level and the one that selects the tree."""
     block = vocabulary_block(vocab, rank, torch.float32 if kind == "fp32" else torch.bfloat16)
-    blocks, width = -(-vocab // block), max(2, next_power_of_two(beam))
-    keep = min(max(nodes - 1, beam), width * width)
-    slots = next_power_of_two(keep + 1)
-    signature = {name: f"*{kind}" for name in ("logits", "parent_table", "token_table")}
-    signature |= {name: "*fp32" for name in ("maxima", "totals", "pool_sums")}
-    signature |= {
-        name: "*i64" for name in ("root", "keys", "candidates", "tokens", "ancestors", "continuation")
-    }
-    signature |= {name: "*i32" for name in ("arrivals", "pool_tokens", "pool_parents", "pool_nodes")}
-    signature |= {name: "*i32" for name in ("parents", "depths", "origins")}
-    signature |= {
-        name: "i32" for name in ("logits_batch_stride", "logits_stream_stride", "vocab", "rank", "level")
-    }
-    signature |= {"nodes": "i32", "chain_length": "i32", "chain_step": "fp32"}
-    constants = {
-        "STREAMS": streams,
-        "BLOCK": block,
-        "BLOCKS": next_power_of_two(blocks),
-        "RANK": rank,
-        "BEAM": beam,
-        "WIDTH": width,
-        "KEEP": keep,
-        "SLOTS": slots,
-        "ENTRIES": next_power_of_two(streams * slots),
+    types = TYPES | {name: f"*{kind}" for name in ("logits", "parent_table", "token_table")}
+    sizes = kernel_sizes(beam, nodes, streams, -(-vocab // block))
+    warps = block_warps(block)
+    level = {"LOG_BLOCK": block.bit_length() - 1, "WARPS": warps, "RANK": rank, "FIRST": False}
+    selection = {
+        "ENTRIES": next_power_of_two(streams * sizes["SLOTS"]),
         "NODES": next_power_of_two(nodes),
         "CHAIN": chain,
-        "FIRST": False,
-        "LAST": True,
     } | ({} if chain else {"continuation": None})
-    module = "huggingface.transformers.integrations.tree_drafting_kernels"
-    return (module, "draft_level_kernel", signature, constants, 4 if block <= 128 else 8, 3, ("rank",))
+    return [
+        (MODULE, "draft_level_kernel", types, sizes | level, warps, 3, ("rank",)),
+        (MODULE, "draft_selection_kernel", types, sizes | selection, SELECTION_WARPS, 3, ()),
+    ]
 
 
 def test_kernels_compile_without_spills():
     pytest.importorskip("triton")
-    for name, usages in zip(
-        SIZES, compile_kernels([kernel_of(*size) for size in SIZES.values()]), strict=True
-    ):
-        assert all(usage.fits for usage in usages), (name, usages)
+    with ThreadPoolExecutor(2) as pool:
+        compiled = pool.map(lambda size: compile_kernels(kernels_of(*size)), SIZES.values())
+    for name, kernels in zip(SIZES, compiled, strict=True):
+        assert all(usage.fits for usages in kernels for usage in usages), (name, kernels)

@@ -1,0 +1,324 @@
+"""The fused walk is the eager walk: same rows, same weights, same checkpoint; what it does not know it refuses.
+
+Everything runs on the plain references here, in float64, so that a difference is a mistake and not a rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from huggingface.transformers.cache_utils import StaticTreeCache
+from huggingface.transformers.generation.decode_step import DecodeState, _forward
+from huggingface.transformers.generation.draft_tree import DraftTree, TreeShape
+from huggingface.transformers.integrations.packed_linear import PackedLinear
+from huggingface.transformers.integrations.tree_attention import AttentionWorkspace, StepRows
+from huggingface.transformers.integrations.tree_drafting import as_bits
+from huggingface.transformers.models.spec_stream.fused_layers import (
+    FusedLayers,
+    fused_layers_of,
+    unfused_reason,
+)
+
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def _references(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture
+def fresh(make_model):
+    """Returns `fresh(architecture, dtype, **fields)`: a model of one's own, whose weights may be laid out anew."""
+    return lambda *args, **fields: copy.deepcopy(make_model(*args, **fields))
+
+
+class Walk:
+    """A fused walk with a cache of its own."""
+
+    def __init__(self, model, batch: int, slots: int = 90):
+        self.model, self.layers = model, FusedLayers(model)
+        self.cache = StaticTreeCache.for_model(model, batch, slots, 1)
+        keys = self.cache.layers[0].keys
+        heads = model.config.num_attention_heads
+        self.space = AttentionWorkspace.for_step(
+            batch, 80, heads, keys.shape[1], keys.shape[3], slots, model.device
+        )
+
+    def run(self, indices, hidden, update, positions, lengths, rows):
+        return self.layers.run(indices, hidden, update, positions, lengths, rows, self.cache, self.space)
+
+    def whole(self, tokens, positions, lengths, rows, with_streams):
+        """Returns states after the last norm; `with_streams` says what follows the rows below the stream layers."""
+        model, first = self.model, self.model.first_stream_layer
+        hidden = model.embed_rows(tokens, positions).contiguous()
+        plain = StepRows(rows.nodes, 0, rows.ancestors, rows.depths)
+        hidden, update = self.run(range(first), hidden, None, positions, lengths, plain)
+        if with_streams is not None:
+            hidden, update = hidden if update is None else hidden + update, None
+            hidden, positions = with_streams(hidden)
+        upper = range(first, len(model.decoder_layers()))
+        hidden, update = self.run(upper, hidden, update, positions, lengths, rows)
+        return model.final_norm(hidden if update is None else hidden + update)
+
+
+def sequences(model, ids: torch.Tensor, anchors: torch.Tensor, streams: int) -> torch.Tensor:
+    """Returns (batch, seq + streams, hidden) states of whole sequences, the streams' last."""
+    batch, seq = ids.shape
+    positions = torch.arange(seq).expand(batch, seq)
+
+    def append(hidden):
+        at = anchors[:, None, None].expand(-1, 1, hidden.shape[2])
+        started = model.streams.start(hidden.gather(1, at), streams)
+        numbers = torch.arange(1, streams + 1)
+        return torch.cat([hidden, started], 1), torch.cat([positions, anchors[:, None] + numbers], 1)
+
+    rows = StepRows(seq, streams, anchors=anchors if streams else None)
+    lengths = torch.zeros(batch, dtype=torch.int64)
+    return Walk(model, batch).whole(ids, positions, lengths, rows, append if streams else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("batch, seq, streams", [(1, 1, 0), (1, 7, 3), (3, 20, 2), (2, 40, 3), (2, 13, 0)])
+@torch.no_grad()
+def test_sequences_equal_the_eager_walk(architecture, dtype, batch, seq, streams, fresh):
+    """Shorter and longer than the local window of 8; few rows, where products add the residual, and many, where norms do."""
+    model = fresh(architecture, dtype)
+    assert any(parameter.abs().sum() for name, parameter in model.named_parameters() if "lora" in name)
+    ids = torch.randint(1, 13, (batch, seq), generator=torch.Generator().manual_seed(seq))
+    anchors = torch.arange(batch) % seq + (seq - 1) // 2
+    anchors = anchors.clamp(max=seq - 1)
+    want, stream_want = model.stream_forward(ids, anchors[:, None], streams=streams)
+    got = sequences(model, ids, anchors, streams)
+    close = {"atol": EXACT[dtype], "rtol": EXACT[dtype]}
+    torch.testing.assert_close(got[:, :seq], want, **close)
+    if streams:
+        torch.testing.assert_close(got[:, seq:], stream_want[:, 0], **close)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("parents", [(-1,), (-1, 0, 1, 2), (-1, 0, 0, 1, 1, 2, 5, 0, 7, 3)])
+@pytest.mark.parametrize("streams", [0, 2])
+@torch.no_grad()
+def test_a_tree_behind_a_prompt_equals_the_eager_step(architecture, lora, parents, streams, fresh):
+    """Ragged committed rows, siblings, and windows that end inside the tree."""
+    model = fresh(architecture, lora_rank=lora)
+    shape, batch = TreeShape(parents, streams), 2
+    generator = torch.Generator().manual_seed(len(parents))
+    prompts = torch.randint(1, 13, (batch, 11), generator=generator)
+    lengths = torch.tensor([11, 4])
+    tokens = torch.randint(1, 13, (batch, shape.nodes), generator=generator)
+    eager = StaticTreeCache.for_model(model, batch, 20, shape.rows)
+    model.stream_forward(prompts, lengths[:, None] - 1, eager, streams=0)
+    state = DecodeState(tokens[:, 0], lengths, torch.zeros(batch, dtype=torch.bool), None, [], 11, 4)
+    want, stream_want, _ = _forward(model, eager, state, DraftTree(shape, tokens), None)
+
+    walk = Walk(model, batch, 20 + shape.rows)
+    positions = torch.arange(11).expand(batch, 11)
+    walk.whole(prompts, positions, torch.zeros(batch, dtype=torch.int64), StepRows(11), None)
+    depths = torch.tensor([shape.depths] * batch, dtype=torch.int32)
+    bits = torch.tensor([[as_bits(set(shape.path(node))) for node in range(shape.nodes)]] * batch)
+    rows = StepRows(shape.nodes, streams, bits, depths)
+    positions = lengths[:, None] + depths
+
+    def append(hidden):
+        numbers = torch.arange(1, streams + 1)
+        further = (positions[:, :, None] + numbers).flatten(1)
+        return torch.cat([hidden, model.streams.start(hidden, streams)], 1), torch.cat(
+            [positions, further], 1
+        )
+
+    got = walk.whole(tokens, positions, lengths, rows, append if streams else None)
+    torch.testing.assert_close(got[:, : shape.nodes], want, atol=1e-10, rtol=1e-10)
+    if streams:
+        torch.testing.assert_close(got[:, shape.nodes :], stream_want.flatten(1, 2), atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_lora_reaches_stream_rows_and_no_others(architecture, fresh):
+    """The comparison with the eager walk can fail: without its update every stream changes, and no token row does."""
+    model = fresh(architecture)
+    ids, anchors = torch.tensor([[3, 1, 4, 1, 5, 9]]), torch.tensor([4])
+    before = sequences(model, ids, anchors, 2)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.zero_()
+    after = sequences(model, ids, anchors, 2)
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert ((before - after)[:, 6:].abs().amax(-1) > 1e-3).all()
+
+
+def test_values_and_names_stay(architecture, fresh, make_model):
+    model, before = fresh(architecture, seed=3), make_model(architecture, seed=3).state_dict()
+    FusedLayers(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_are_not_held_twice(architecture, fresh):
+    model = fresh(architecture)
+    fused, names = FusedLayers(model), model.layer_names
+    for index, layer in enumerate(model.decoder_layers()):
+        own = fused.layers[index]
+        groups = [
+            (own.project, names.projections), (own.output, (names.output,)),
+            (own.expand, names.expand), (own.contract, (names.contract,)),
+        ]  # fmt: skip
+        for product, parts in groups:
+            weights = [layer.get_submodule(part).weight for part in parts]
+            start = product.weight.data_ptr()
+            for weight in weights:
+                assert weight.data_ptr() == start
+                start += weight.nbytes
+            assert product.weight.nbytes == sum(weight.nbytes for weight in weights)
+
+
+@torch.no_grad()
+def test_a_weight_loaded_in_place_is_seen(architecture, fresh):
+    """Parameters and fused weights are one memory: a checkpoint loaded later reaches both."""
+    model, other = fresh(architecture), fresh(architecture, seed=7)
+    walk = Walk(model, 1)
+    model.load_state_dict(other.state_dict())
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    positions = torch.arange(5)[None]
+    got = walk.whole(ids, positions, torch.zeros(1, dtype=torch.int64), StepRows(5), None)
+    want, _ = other.stream_forward(ids, torch.tensor([[4]]), streams=0)
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_fusing_twice_changes_nothing(architecture, fresh):
+    model = fresh(architecture)
+    ids, anchors = torch.tensor([[3, 1, 4, 1, 5, 9]]), torch.tensor([4])
+    first = sequences(model, ids, anchors, 3)
+    assert torch.equal(sequences(model, ids, anchors, 3), first)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_checkpoints_survive_fusing(architecture, base, fresh, tmp_path):
+    """Weights are views of one tensor then; what is saved must be each by itself, no more and no less."""
+    model = fresh(architecture, torch.float32)
+    model.save_pretrained(tmp_path / "plain")
+    FusedLayers(model)
+    model.save_pretrained(tmp_path / "fused")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "fused")]
+    assert sizes[0] == sizes[1]
+    again = type(model).from_pretrained(tmp_path / "fused")
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    if base:
+        model.config.base_model_name_or_path = str(tmp_path / "plain")
+        model.save_pretrained(tmp_path / "streams")
+        again = type(model).from_pretrained(tmp_path / "streams")
+        assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+@pytest.fixture
+def known(fresh):
+    """Returns `known(architecture, **fields)`: a model with heads of a size that the kernels know."""
+
+    def make(architecture, **fields):
+        return fresh(architecture, hidden_size=32 if architecture == "gpt_neo" else 64, **fields)
+
+    return make
+
+
+def test_known_models_are_fused(architecture, known):
+    assert unfused_reason(known(architecture)) is None
+
+
+def test_an_unknown_activation_is_a_reason(known):
+    assert "'relu'" in unfused_reason(known("gpt_neo", activation_function="relu"))
+    assert "'gelu'" in unfused_reason(known("llama", hidden_act="gelu"))
+
+
+def test_an_unknown_head_size_is_a_reason(architecture, fresh):
+    size = {"gpt_neo": 8, "llama": 4}[architecture]
+    assert f"heads of {size} features" in unfused_reason(fresh(architecture))
+
+
+def test_an_architecture_without_names_is_a_reason(architecture, known):
+    model = known(architecture)
+    model.layer_names = None
+    assert "does not say where" in unfused_reason(model)
+
+
+class _Quantised(nn.Linear):
+    """Stands for what a quantisation library puts in a linear layer's place."""
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_replaced_linear_is_a_reason(architecture, index, known):
+    """In any layer: quantisation often leaves out the first."""
+    model = known(architecture)
+    names = model.layer_names
+    for name in (*names.projections, names.output, *names.expand, names.contract):
+        linear = model.decoder_layers()[index].get_submodule(name)
+        linear.__class__ = _Quantised
+        assert f"{name} is a _Quantised" in (unfused_reason(model) or "")
+        linear.__class__ = nn.Linear
+
+
+def test_a_model_that_has_run_on_a_cpu_is_fused(architecture, known):
+    """There its linears are packed, in place; on a GPU a packed linear is a plain one."""
+    model = known(architecture)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = PackedLinear
+    assert unfused_reason(model) is None
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_an_unknown_norm_is_a_reason(architecture, index, known):
+    model = known(architecture)
+    *path, last = model.layer_names.mlp_norm.split(".")
+    setattr(model.decoder_layers()[index].get_submodule(".".join(path)), last, nn.Identity())
+    assert "the norm Identity" in (unfused_reason(model) or "")
+
+
+def test_a_gated_mlp_with_bias_is_a_reason(known):
+    assert "gated MLP with a bias" in unfused_reason(known("llama", mlp_bias=True))
+
+
+@torch.no_grad()
+def test_projections_with_bias(fresh):
+    model = fresh("llama", attention_bias=True, hidden_size=32)
+    for layer in model.decoder_layers():
+        for name in model.layer_names.projections:
+            nn.init.normal_(layer.get_submodule(name).bias)
+    ids, anchors = torch.tensor([[3, 1, 4, 1, 5, 9]]), torch.tensor([4])
+    want, streams = model.stream_forward(ids, anchors[:, None], streams=2)
+    got = sequences(model, ids, anchors, 2)
+    torch.testing.assert_close(got, torch.cat([want, streams[:, 0]], 1), atol=1e-10, rtol=1e-10)
+
+
+def test_layers_are_fused_once_and_anew_for_other_weights(make_model):
+    model = copy.deepcopy(make_model("gpt_neo"))
+    layers = fused_layers_of(model)
+    assert fused_layers_of(model) is layers
+    with torch.no_grad():
+        model.streams.embedding.weight.add_(1)  # as training does; captured drafts would be stale
+    assert fused_layers_of(model) is not layers
+
+
+def test_a_copy_of_a_model_lays_out_its_own_weights(make_model):
+    model = copy.deepcopy(make_model("gpt_neo"))
+    layers = fused_layers_of(model)
+    twin = copy.deepcopy(model)
+    assert fused_layers_of(twin) is not layers
+    assert fused_layers_of(twin).model is twin
+    assert fused_layers_of(pickle.loads(pickle.dumps(model))) is not layers  # noqa: S301 - our own bytes
+
+
+def test_rotary_embeddings_that_ask_the_host_are_a_reason(make_model):
+    model = copy.deepcopy(make_model("llama"))
+    assert "dynamic" not in str(unfused_reason(model))
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic"}
+    assert "dynamic" in str(unfused_reason(model))
