@@ -197,7 +197,9 @@ class GraphRunner:
     def _capture_step(self, outlet: _Outlet) -> list[tuple[str, torch.cuda.CUDAGraph]]:
         buffers = self.step_buffers
         if self.geometry.phases:
-            phases = ("forward", "verify", "commit", "draft")
+            # Plain decoding commits nothing, and CUDA warns of empty graphs.
+            drafts = buffers.nodes > 1
+            phases = ("forward", "verify", "commit", "draft") if drafts else ("forward", "verify", "draft")
             return [(phase, self._capture(getattr(buffers, phase))) for phase in phases]
 
         def work() -> None:

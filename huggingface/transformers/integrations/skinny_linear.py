@@ -75,7 +75,16 @@ def linear_reference(
 ) -> torch.Tensor:
     """Returns what :func:`linear` returns, by plain operations."""
     rows = rows if norm is None else norm(rows)
-    product = F.linear(rows, weight, bias)
+    return finish(F.linear(rows, weight, bias), activation, gated, residual)
+
+
+def finish(
+    product: torch.Tensor,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns what :func:`linear` makes of a plain product (..., out), or (..., 2 * out) where gated."""
     gate, factor = product.chunk(2, dim=-1) if gated else (product, None)
     if activation == "gelu_tanh":
         gate = F.gelu(gate, approximate="tanh")

@@ -95,7 +95,7 @@ def accept_kernel(
     last = tl.argmax(reach, axis=0)
     count = tl.max(reach, axis=0) + 1
     if part == 0:
-        on_path = (tl.sum(tl.where(node == last, way, 0), axis=0) >> node.to(tl.int64)) & 1 != 0
+        on_path = ((tl.sum(tl.where(node == last, way, 0), axis=0) >> node.to(tl.int64)) & 1) != 0
         bonus = tl.sum(tl.where(node == last, picked, 0), axis=0)
         column = tl.arange(0, COLUMNS)
         emitted = packed + row * (deepest + 2)
@@ -115,9 +115,8 @@ def accept_kernel(
         tl.store(lengths + row, length + tl.where(grows, count, 0))
         if HISTORY:
             position = length + 1 + depth
-            tl.store(
-                history + row * capacity + position, picked, mask=on_path & grows & (position < capacity)
-            )
+            end = tl.where(grows, capacity, 0)
+            tl.store(history + row * capacity + position, picked, mask=on_path & (position < end))
     elif STREAMS:
         element = (part - 1) * BLOCK + tl.arange(0, BLOCK)
         source = stream_states + (tree + last) * state_size + element
@@ -156,8 +155,8 @@ def commit_kernel(
     node = tl.load(path + row * columns + place, mask=place < columns, other=0)
     start = tl.load(base + row)
     grows = tl.load(finished + row).to(tl.int32) == 0
-    moves = (place > 0) & (place < tl.load(packed + row * (columns + 1))) & (node != place)
-    moves = moves & (start + node < slots) & grows
+    count = tl.where(grows, tl.load(packed + row * (columns + 1)), 0)
+    moves = (place > 0) & (place < count) & (node != place) & (start + node < slots)
     lane = tl.arange(0, LANES)
     mask = moves[:, None] & (lane < SIZE)[None, :]
     plane_at = (

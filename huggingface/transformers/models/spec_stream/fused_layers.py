@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...integrations import fused_norm
 from ...integrations.fused_norm import add_norm
 from ...integrations.packed_linear import PackedLinear
 from ...integrations.rotary import apply_rotary_
-from ...integrations.skinny_linear import LARGEST_ROWS, linear
+from ...integrations.skinny_linear import LARGEST_ROWS, finish, linear
 from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
 
 ACTIVATIONS = {
@@ -124,7 +123,7 @@ class _Product:
         product = linear(rows, self.weight, self.bias)
         for span, lora in self.updates:
             product[:, -streams:, span] += lora(rows[:, -streams:])
-        return _finish(product, **epilogue)
+        return finish(product, **epilogue)
 
 
 def _enter(
@@ -144,18 +143,6 @@ def _share(parameters: list[Any]) -> torch.Tensor:
     ):
         parameter.data = part
     return together
-
-
-def _finish(
-    product: torch.Tensor, activation: str | None = None, gated: bool = False, residual=None
-) -> torch.Tensor:
-    gate, factor = product.chunk(2, dim=-1) if gated else (product, None)
-    if activation == "gelu_tanh":
-        gate = F.gelu(gate, approximate="tanh")
-    elif activation == "silu":
-        gate = F.silu(gate)
-    product = gate if factor is None else gate * factor
-    return product if residual is None else product + residual
 
 
 @dataclass
