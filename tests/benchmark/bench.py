@@ -1,6 +1,7 @@
 """Runs `dataset_tps.py` with the fake loader, and looks at what it leaves behind."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +47,15 @@ class Bench:
 
     def start(self, *words):
         command = [sys.executable, "-m", "tests.benchmark.fake_run", *self.words(*words)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts its background jobs with interrupts ignored, and so would be ours.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
+        )
 
     def faults(self, **by_request):
         path = self.folder / "faults.json"

@@ -31,6 +31,12 @@ pytestmark = pytest.mark.skipif(unavailable(DEVICE) is not None, reason="no Trit
 SPLIT_SLOTS = 200  # enough keys for parts of their own
 
 
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch):
+    """Parts of so few keys that a small cache has several."""
+    monkeypatch.setattr(module, "KEYS_PER_SPLIT", 64)
+
+
 def tree(*parents: list[int], streams: int = 0) -> StepRows:
     """Returns the rows of one tree per batch row, from the parent of every node; the root's is -1."""
     paths, depths = [], []
