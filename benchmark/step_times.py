@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from benchmark.files import write_atomically, write_json
 from huggingface.transformers.generation.draft_tree import TreeShape
@@ -178,7 +179,7 @@ def _grown(nodes: int) -> DraftPlan:
 
 def measure_plan(model: Any, plan: DraftPlan) -> dict[str, Any]:
     """Returns seconds of a step, of its phases and of the prompt pass, and the share of a step that waits for the host."""
-    rule = Rule(processors=[])  # type: ignore[arg-type]
+    rule = Rule(LogitsProcessorList())
     runner = runner_for(model, geometry_of(model, 1, PROMPT, NEW_TOKENS, plan, rule, False), rule)
     buffers = runner.step_buffers
     prompts = torch.randint(0, VOCABULARY, (1, PROMPT), device=model.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,7 @@ class DecodeOptions:
             raise ValueError(f"acceptance_ratio must lie between 0 and 1, got {self.acceptance_ratio}.")
 
 
-class DecodeRun:
+class DecodeRun(ABC):
     """The host's side of a call: its sequences, plan and statistics."""
 
     def __init__(
@@ -92,16 +93,17 @@ class DecodeRun:
             prompt_tokens=list(self.sequences.prompt_lengths), draft_nodes=self.plan.shape.nodes
         )
 
+    @abstractmethod
     def prepare(self) -> None:
         """Does what must be done before the prompt and depends on it only by its length."""
 
+    @abstractmethod
     def prefill(self) -> None:
         """Runs the prompts and gives each sequence its first token."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it runs prompts.")
 
+    @abstractmethod
     def step(self) -> None:
         """Runs one decode step and reads its tokens."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it runs a step.")
 
     def add_phases(self) -> dict[str, float] | None:
         """Adds what the timer has measured to the totals of the call and returns it."""
@@ -140,7 +142,6 @@ class EagerRun(DecodeRun):
 
     def __init__(self, model, input_ids: torch.Tensor, *args: Any):
         super().__init__(model, input_ids, *args)
-        pack_linears(model)
         options = self.options
         self.source: DraftSource = StreamSource()
         if options.acceptance_ratio is not None:
@@ -153,6 +154,10 @@ class EagerRun(DecodeRun):
             )
         self.kept_scores: list[list[torch.Tensor]] = [[] for _ in input_ids]
         self.kept_logits: list[list[torch.Tensor]] = [[] for _ in input_ids]
+
+    def prepare(self) -> None:
+        """Lets a CPU's linear layers keep their weights packed."""
+        pack_linears(self.model)
 
     def prefill(self) -> None:
         """Runs the prompts, picks each sequence's first token and leaves the streams' states for the first draft."""
