@@ -100,12 +100,8 @@ class FusedStep:
         return AttentionWorkspace.for_step(batch, rows, heads, kv_heads, size, slots, keys.device)
 
     def _draft_workspace(self, batch: int, device: torch.device) -> DraftWorkspace:
-        model = self.model
-        vocab, rank = model.get_output_embeddings().weight.shape[0], model.streams.config.transition_rank
-        beam = self.plan.beam or 1
-        return DraftWorkspace.allocate(
-            batch, self.streams, vocab, beam, self.nodes, rank, model.dtype, device
-        )
+        vocab = self.model.get_output_embeddings().weight.shape[0]
+        return DraftWorkspace.allocate(batch, self.streams, vocab, self.plan.beam or 1, self.nodes, device)
 
     def _prior(self, device: torch.device) -> torch.Tensor:
         """Returns (streams, beam) float32 logarithms of how often each rank was right, as drafting wants them: never rising."""

@@ -7,6 +7,7 @@ shared memory. Every program also normalises the row itself: reading a few kilob
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,16 +20,41 @@ PROGRAMS = 700
 ELEMENTS = 16384
 """Most weights a program holds at a time; four warps keep them in registers."""
 WARPS = 4
+LARGEST_WHOLE = 2048
+"""Up to this power of two a row is one chunk, with idle lanes if it is shorter; a longer one is a chunk and a tail."""
 WIDEST_NORM = 4096
 """Inputs a program can normalise: it must hold the whole row."""
 
 
-def choose_block(columns: int, inner: int, gated: bool) -> tuple[int, int]:
-    """Returns how many outputs a program computes and how many inputs it holds at a time."""
-    width = min(WIDEST_NORM, triton.next_power_of_2(inner))
-    most = max(1, ELEMENTS // (width * (2 if gated else 1)))
+@dataclass(frozen=True)
+class Blocks:
+    """How a product is divided.
+
+    Attributes:
+        columns: outputs a program computes.
+        inner: inputs it reads at a time, a power of two.
+        chunks: how often it does so.
+        tail: a power of two that covers what is left of the inputs, 0 for nothing. 2,560 inputs are 2,048 and 512, not 4,096.
+    """
+
+    columns: int
+    inner: int
+    chunks: int
+    tail: int
+
+
+def choose_blocks(columns: int, inner: int, gated: bool) -> Blocks:
+    """Returns how a product of `columns` outputs and `inner` inputs is divided."""
+    widest = triton.next_power_of_2(inner)
+    width = min(WIDEST_NORM, widest if widest <= LARGEST_WHOLE else 1 << (inner.bit_length() - 1))
+    rest = inner % width if inner > width else 0
+    tail = triton.next_power_of_2(rest) if rest else 0
+    if tail == width < WIDEST_NORM:  # twice the width covers both
+        width, tail = 2 * width, 0
+    most = max(1, ELEMENTS // ((width + tail) * (2 if gated else 1)))
+    most = 1 << (most.bit_length() - 1)
     wanted = max(1, columns // PROGRAMS)
-    return min(most, 8, 1 << (wanted.bit_length() - 1)), width
+    return Blocks(min(most, 8, 1 << (wanted.bit_length() - 1)), width, max(1, inner // width), tail)
 
 
 def gemv(
@@ -54,13 +80,13 @@ def gemv(
         output: (..., out).
     """
     inner, columns = weight.shape[1], output.shape[-1]
-    block, width = choose_block(columns, inner, gated)
+    blocks = choose_blocks(columns, inner, gated)
     centred = isinstance(norm, nn.LayerNorm)
     scale: Any = row if norm is None else norm.weight
     shift: Any = norm.bias if norm is not None and centred else scale
     epsilon: Any = 0.0 if norm is None else norm.eps if centred else norm.variance_epsilon
     pdl = overlaps_launches(row.device)
-    gemv_kernel[(triton.cdiv(columns, block),)](
+    gemv_kernel[(triton.cdiv(columns, blocks.columns),)](
         row,
         weight,
         row if bias is None else bias,
@@ -71,15 +97,16 @@ def gemv(
         columns,
         inner,
         epsilon,
-        BLOCK_COLUMNS=block,
-        BLOCK_INNER=width,
-        CHUNKS=triton.cdiv(inner, width),
+        BLOCK_COLUMNS=blocks.columns,
+        BLOCK_INNER=blocks.inner,
+        CHUNKS=blocks.chunks,
+        TAIL=blocks.tail,
         NORM=0 if norm is None else 1 if centred else 2,
         ACTIVATION=activation,
         GATED=gated,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        EVEN=columns % block == 0 and inner % width == 0,
+        EVEN=columns % blocks.columns == 0 and inner == blocks.inner * blocks.chunks + blocks.tail,
         PDL=pdl,
         num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),
@@ -99,22 +126,21 @@ def activate(value, ACTIVATION: tl.constexpr):
 
 
 @jit
-def _normalised(row_ptr, scale_ptr, shift_ptr, at, inside, features, epsilon, NORM: tl.constexpr):
-    """Returns the whole row in float32, normalised and rounded as a norm layer's output is."""
-    value = tl.load(row_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if NORM > 0:
-        scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if NORM == 1:
-            shift = tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            value = tl.where(inside, value - tl.sum(value, 0) / features, 0.0)
-        value = value / tl.sqrt(tl.sum(value * value, 0) / features + epsilon)
-        if NORM == 1:  # noqa: SIM108 - Triton compiles the branch that is taken
-            value = value * scale + shift
-        else:
-            # Llama's own rounding: to the stored dtype before the weight.
-            value = value.to(row_ptr.dtype.element_ty).to(tl.float32) * scale
-        value = value.to(row_ptr.dtype.element_ty).to(tl.float32)
-    return value
+def _load(pointers, valid, EVEN: tl.constexpr):
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=valid, other=0.0)
+
+
+@jit
+def _scaled(value, row_ptr, scale_ptr, shift_ptr, at, inside, spread, NORM: tl.constexpr):
+    """Returns (centred) inputs in float32, normalised and rounded as a norm layer's output is."""
+    scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    value = value / spread
+    if NORM == 1:
+        value = value * scale + tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        # Llama's own rounding: to the stored dtype before the weight.
+        value = value.to(row_ptr.dtype.element_ty).to(tl.float32) * scale
+    return value.to(row_ptr.dtype.element_ty).to(tl.float32)
 
 
 @jit
@@ -132,6 +158,7 @@ def gemv_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
+    TAIL: tl.constexpr,
     NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -140,32 +167,60 @@ def gemv_kernel(
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Computes `BLOCK_COLUMNS` outputs; a norm needs the whole row in one chunk."""
+    """Computes `BLOCK_COLUMNS` outputs; a norm needs the whole row in one chunk and the tail."""
     release_dependents(PDL)
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     at = tl.arange(0, BLOCK_INNER)
-    weights = weight_ptr + column.to(tl.int64)[:, None] * inner + at[None, :]
+    weights = weight_ptr + column.to(tl.int64)[:, None] * inner
     factors = weights + columns.to(tl.int64) * inner
-    valid = (column[:, None] < columns) & (at[None, :] < inner)
-    weight = tl.load(weights) if EVEN else tl.load(weights, mask=valid, other=0.0)
+    inside = column < columns
+    within = at < inner
+    valid = inside[:, None] & within[None, :]
+    weight = _load(weights + at[None, :], valid, EVEN)
     if GATED:
-        factor = tl.load(factors) if EVEN else tl.load(factors, mask=valid, other=0.0)
+        factor = _load(factors + at[None, :], valid, EVEN)
+    if TAIL > 0:
+        last = CHUNKS * BLOCK_INNER + tl.arange(0, TAIL)
+        left = last < inner
+        valid = inside[:, None] & left[None, :]
+        last_weight = _load(weights + last[None, :], valid, EVEN)
+        if GATED:
+            last_factor = _load(factors + last[None, :], valid, EVEN)
     wait_for_inputs(PDL)
-    value = _normalised(row_ptr, scale_ptr, shift_ptr, at, at < inner, inner, epsilon, NORM)
+    value = tl.load(row_ptr + at, mask=within, other=0.0).to(tl.float32)
+    if TAIL > 0:
+        last_value = tl.load(row_ptr + last, mask=left, other=0.0).to(tl.float32)
+    if NORM == 1:
+        mean = tl.sum(value, 0)
+        if TAIL > 0:
+            mean += tl.sum(last_value, 0)
+        mean /= inner
+        value = tl.where(within, value - mean, 0.0)
+        if TAIL > 0:
+            last_value = tl.where(left, last_value - mean, 0.0)
+    if NORM > 0:
+        spread = tl.sum(value * value, 0)
+        if TAIL > 0:
+            spread += tl.sum(last_value * last_value, 0)
+        spread = tl.sqrt(spread / inner + epsilon)
+        value = _scaled(value, row_ptr, scale_ptr, shift_ptr, at, within, spread, NORM)
+        if TAIL > 0:
+            last_value = _scaled(last_value, row_ptr, scale_ptr, shift_ptr, last, left, spread, NORM)
     total = tl.sum(weight.to(tl.float32) * value[None, :], 1)
     if GATED:
         second = tl.sum(factor.to(tl.float32) * value[None, :], 1)
+    if TAIL > 0:
+        total += tl.sum(last_weight.to(tl.float32) * last_value[None, :], 1)
+        if GATED:
+            second += tl.sum(last_factor.to(tl.float32) * last_value[None, :], 1)
     for chunk in tl.static_range(1, CHUNKS):
-        further = chunk * BLOCK_INNER
-        left = at < inner - further
-        value = tl.load(row_ptr + further + at, mask=left, other=0.0).to(tl.float32)
-        valid = (column[:, None] < columns) & left[None, :]
-        weight = tl.load(weights + further) if EVEN else tl.load(weights + further, mask=valid, other=0.0)
+        further = chunk * BLOCK_INNER + at
+        value = tl.load(row_ptr + further).to(tl.float32)
+        weight = _load(weights + further[None, :], inside[:, None], EVEN)
         total += tl.sum(weight.to(tl.float32) * value[None, :], 1)
         if GATED:
-            factor = tl.load(factors + further) if EVEN else tl.load(factors + further, mask=valid, other=0.0)
+            factor = _load(factors + further[None, :], inside[:, None], EVEN)
             second += tl.sum(factor.to(tl.float32) * value[None, :], 1)
-    inside = column < columns
     if HAS_BIAS:
         total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     total = activate(total, ACTIVATION)

@@ -106,7 +106,7 @@ def draft_tree(
         root: (batch,) int64 last committed tokens.
         parent_table, token_table: (vocab, rank) factors of the bias that tokens gain from their parent; `None` for no bias.
         tree: filled in place.
-        beam: candidates expanded a level, and tokens of each; at most 16.
+        beam: candidates expanded a level, and tokens of each; at most 8.
         workspace: of :meth:`DraftWorkspace.allocate`; `None` makes one, which is not for a captured graph.
         continuation: (batch, length) int64 chain of tokens from the context, ended by -1; may be deeper than the streams. A token
             that the streams propose at the same place is counted once, as theirs, with the larger sum.
@@ -157,10 +157,9 @@ def _draft_tree_triton(
     rank = parent_table.shape[1] if parent_table is not None else 0
     if workspace is None:
         workspace = DraftWorkspace.allocate(
-            batch, streams, vocab, beam, nodes, rank, logits.dtype, logits.device
+            batch, streams, vocab, beam, nodes, logits.device
         )
-    blocks = -(-vocab // workspace.block)
-    sizes = kernel_sizes(beam, nodes, streams, blocks)
+    sizes = kernel_sizes(beam, nodes, streams, vocab)
     shape = (batch, streams, sizes["SLOTS"])
     if (workspace.beam, workspace.keep, *workspace.sums.shape) != (beam, sizes["KEEP"], *shape):
         raise ValueError(
@@ -169,14 +168,12 @@ def _draft_tree_triton(
     length = continuation.shape[1] if continuation is not None else 0
     pdl = overlaps_launches(logits.device)
     options = {"launch_pdl": True} if pdl else {}
-    lists = (workspace.keys, workspace.parts, workspace.sums, workspace.tokens, workspace.parents)
-    warps = block_warps(workspace.block)
+    lists = (workspace.scored, workspace.parts, workspace.sums, workspace.tokens, workspace.parents)
+    warps = block_warps(sizes["BLOCK"])
     for level in range(streams):
-        draft_level_kernel[(blocks, batch)](
+        draft_level_kernel[(sizes["BLOCKS"], batch)](
             logits, root, parent_table, token_table, *lists, prior, trust,
             logits.stride(0), logits.stride(1), vocab, rank, level,
-            LOG_BLOCK=workspace.block.bit_length() - 1,
-            WARPS=warps,
             RANK=padded_rank(rank),
             FIRST=level == 0,
             PDL=pdl,

@@ -1,28 +1,20 @@
 """Triton kernels of :mod:`.tree_drafting`: a launch scores one level of the draft tree, a last one selects the tree.
 
-The programs of a launch cannot wait for each other, so what they find, the best few keys of every block of the vocabulary, is
-merged by the next launch, and there by every program for itself: the beam of a level is needed by all of them, and to merge a few
-lists costs less than to hand the result around once more. What is merged is ranked, best first, so that the beam is simply the
-first `beam` candidates; the first program keeps them in the level's row of the pool::
+The programs of a launch cannot wait for each other, so what a level's beam is, is found out by the next launch, and there by every
+program for itself: all of them need it, and to descend to the best tokens (:mod:`.top_tokens`) costs less than to hand the result
+around once more. What is found is ranked, best first, so that the beam is simply the first `beam` candidates; the first program
+keeps them in the level's row of the pool::
 
     pool    level 1   .81 .10 .02 ...  | empty       sums of log-probabilities, shown as probabilities
             level 2   .70 .06 .05 ...  | empty       a tree of n nodes never needs more than n - 1 candidates of one level
 
-Lists of keys are (2, batch, PARENTS, WIDTH, blocks): of two levels, one is read while the other is written. The sizes are powers
-of two; where a name begins with `LOG_` it is the binary logarithm.
+Scores are (2, batch, floats): of two levels, one is read while the other is written.
 """
 
 from __future__ import annotations
 
-from .sortable_keys import (
-    count_larger,
-    join_lists,
-    key_score,
-    key_token,
-    merge_lists,
-    sort_lists,
-    sortable_key,
-)
+from .sortable_keys import count_larger, key_score, key_token, sortable_key
+from .top_tokens import store_scores, top_tokens
 from .tree_selection_kernels import select_tree
 from .triton_support import jit, release_dependents, tl, wait_for_inputs
 
@@ -33,7 +25,7 @@ def draft_level_kernel(
     root,
     parent_table,
     token_table,
-    keys,
+    scored,
     parts,
     pool_sums,
     pool_tokens,
@@ -46,28 +38,29 @@ def draft_level_kernel(
     rank,
     level,
     STREAMS: tl.constexpr,
-    LOG_BLOCK: tl.constexpr,
-    WARPS: tl.constexpr,
     RANK: tl.constexpr,
     BEAM: tl.constexpr,
     KEEP: tl.constexpr,
     SLOTS: tl.constexpr,
     PARENTS: tl.constexpr,
-    LOG_WIDTH: tl.constexpr,
-    LOG_BLOCKS: tl.constexpr,
-    LOG_MERGED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLOATS: tl.constexpr,
     FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Ranks the level in front and scores its children; grid (vocabulary blocks, batch). `RANK` is 0 for no bias."""
     release_dependents(PDL)
-    BLOCK: tl.constexpr = 1 << LOG_BLOCK
     block = tl.program_id(0)
     row = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
     # Without tensor cores (float32) a product needs its operands in registers, too many to fetch them all beforehand.
-    AT_ONCE: tl.constexpr = 16 if RANK > 0 and token_table.dtype.element_ty == tl.float32 else RANK
+    FEATURES: tl.constexpr = 16 if RANK > 0 and token_table.dtype.element_ty == tl.float32 else 64
+    AT_ONCE: tl.constexpr = min(RANK, FEATURES)
     if RANK > 0:
         table = _load_factor(token_table, token, inside, 0, rank, AT_ONCE)
     wait_for_inputs(PDL)
@@ -78,9 +71,9 @@ def draft_level_kernel(
         above = tl.load(root + row + parent * 0).to(tl.int32)
     else:
         above = rank_level(
-            keys, parts, pool_sums, pool_tokens, pool_parents, prior, trust, row, tl.num_programs(1),
+            scored, parts, pool_sums, pool_tokens, pool_parents, prior, trust, row, tl.num_programs(1),
             level - 1, block == 0,
-            STREAMS, BEAM, KEEP, SLOTS, PARENTS, LOG_WIDTH, LOG_BLOCKS, LOG_MERGED,
+            STREAMS, BEAM, KEEP, SLOTS, PARENTS, WIDTH, BLOCK, GROUP, BLOCKS, PADDED, FLOATS,
         )  # fmt: skip
     scores = tl.broadcast_to(scores, (BLOCK, PARENTS))
     if RANK > 0:
@@ -90,10 +83,12 @@ def draft_level_kernel(
             table = _load_factor(token_table, token, inside, start, rank, AT_ONCE)
             vectors = _load_factor(parent_table, above, parent >= 0, start, rank, AT_ONCE)
             scores += tl.dot(table, tl.trans(vectors), input_precision="ieee")
-    _reduce_block(
-        scores, token, inside, keys, parts, row, level, block,
-        LOG_BLOCK, WARPS, PARENTS, LOG_WIDTH, LOG_BLOCKS, LOG_MERGED,
-    )  # fmt: skip
+    scores = tl.where(inside[:, None], scores, float("-inf"))
+    at = ((level % 2) * tl.num_programs(1) + row) * PARENTS
+    maximum = store_scores(scores, scored + at.to(tl.int64) * FLOATS, block, BLOCK, GROUP, BLOCKS, PARENTS)
+    finite = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.sum(tl.exp(scores - finite[None, :]), axis=0)
+    tl.store(parts + (at + parent) * BLOCKS + block, finite + tl.log(total))
 
 
 @jit
@@ -107,7 +102,7 @@ def _load_factor(factor, token, real, start, rank, FEATURES: tl.constexpr):
 @jit
 def draft_selection_kernel(
     root,
-    keys,
+    scored,
     parts,
     pool_sums,
     pool_tokens,
@@ -128,9 +123,12 @@ def draft_selection_kernel(
     KEEP: tl.constexpr,
     SLOTS: tl.constexpr,
     PARENTS: tl.constexpr,
-    LOG_WIDTH: tl.constexpr,
-    LOG_BLOCKS: tl.constexpr,
-    LOG_MERGED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLOATS: tl.constexpr,
     ENTRIES: tl.constexpr,
     NODES: tl.constexpr,
     CHAIN: tl.constexpr,
@@ -141,9 +139,9 @@ def draft_selection_kernel(
     wait_for_inputs(PDL)
     row = tl.program_id(0)
     rank_level(
-        keys, parts, pool_sums, pool_tokens, pool_parents, prior, trust, row, tl.num_programs(0),
+        scored, parts, pool_sums, pool_tokens, pool_parents, prior, trust, row, tl.num_programs(0),
         STREAMS - 1, row >= 0,
-        STREAMS, BEAM, KEEP, SLOTS, PARENTS, LOG_WIDTH, LOG_BLOCKS, LOG_MERGED,
+        STREAMS, BEAM, KEEP, SLOTS, PARENTS, WIDTH, BLOCK, GROUP, BLOCKS, PADDED, FLOATS,
     )  # fmt: skip
     tl.debug_barrier()
     select_tree(
@@ -153,55 +151,8 @@ def draft_selection_kernel(
 
 
 @jit
-def _reduce_block(
-    scores,
-    token,
-    inside,
-    keys,
-    parts,
-    row,
-    level,
-    block,
-    LOG_BLOCK: tl.constexpr,
-    WARPS: tl.constexpr,
-    PARENTS: tl.constexpr,
-    LOG_WIDTH: tl.constexpr,
-    LOG_BLOCKS: tl.constexpr,
-    LOG_MERGED: tl.constexpr,
-):
-    """Stores what one block has for each parent: its best keys, sorted, and its log-sum-exp. `scores` is (BLOCK, PARENTS)."""
-    worst: tl.constexpr = -0x7FFFFFFFFFFFFFFF
-    WIDTH: tl.constexpr = 1 << LOG_WIDTH
-    at = (level % 2) * tl.num_programs(1) + row
-    parent = tl.arange(0, PARENTS)
-    maximum = tl.max(scores, axis=0)
-    finite = tl.where(maximum == float("-inf"), 0.0, maximum)
-    total = tl.sum(tl.exp(scores - finite[None, :]), axis=0)
-    tl.store(parts + ((at * PARENTS + parent) << LOG_BLOCKS) + block, finite + tl.log(total))
-
-    key = tl.where(inside[:, None], sortable_key(scores, token[:, None]), worst)
-    # The product leaves each thread every eighth token of its warp's 16 (PTX, fragments of mma). The order of tokens is free:
-    # first what one thread holds is sorted, then merged between the threads of a warp, and last between warps.
-    BLOCK: tl.constexpr = 1 << LOG_BLOCK
-    OWN: tl.constexpr = BLOCK // (8 * WARPS)
-    SORTED: tl.constexpr = OWN if OWN < WIDTH else WIDTH
-    SHARED: tl.constexpr = WIDTH // SORTED
-    LISTS: tl.constexpr = BLOCK // WIDTH
-    key = tl.permute(tl.reshape(key, (OWN // 2, WARPS, 2, 8, PARENTS)), (0, 2, 4, 1, 3))
-    key = tl.reshape(key, (SORTED, OWN // SORTED, PARENTS, WARPS, SHARED, 8 // SHARED))
-    key = tl.reshape(tl.permute(key, (0, 4, 2, 3, 5, 1)), (WIDTH, PARENTS * LISTS))
-    key = sort_lists(key, LISTS, LOG_WIDTH, PARENTS * LISTS)
-    best = merge_lists(key, LOG_BLOCK - LOG_WIDTH, LOG_WIDTH, PARENTS)
-    rises = ((block & 1) != (block >> LOG_MERGED != 0).to(tl.int32)) & (LOG_BLOCKS > 0)
-    place = tl.arange(0, WIDTH)
-    place = tl.where(rises, WIDTH - 1 - place, place)
-    list_at = ((at * PARENTS + parent[None, :]) * WIDTH + place[:, None]) << LOG_BLOCKS
-    tl.store(keys + list_at + block, best)
-
-
-@jit
 def rank_level(
-    keys,
+    scored,
     parts,
     pool_sums,
     pool_tokens,
@@ -217,15 +168,17 @@ def rank_level(
     KEEP: tl.constexpr,
     SLOTS: tl.constexpr,
     PARENTS: tl.constexpr,
-    LOG_WIDTH: tl.constexpr,
-    LOG_BLOCKS: tl.constexpr,
-    LOG_MERGED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLOATS: tl.constexpr,
 ):
     """Returns the tokens of the level's beam (PARENTS,), best first, 0 for none; ties in the order of their parents.
 
     The program that `keeps` writes the best `KEEP` candidates to the pool.
     """
-    WIDTH: tl.constexpr = 1 << LOG_WIDTH
     lost = float("-inf")
     parent = tl.arange(0, PARENTS)
     place = tl.arange(0, WIDTH)
@@ -234,22 +187,21 @@ def rank_level(
         pool_sums + before + parent, mask=(parent < BEAM) & (level > 0), other=lost, cache_modifier=".cg"
     )
     above = tl.where((parent == 0) & (level == 0), 0.0, above)
-    at = (level % 2) * rows + row
-    best = _merge_blocks(keys, at, PARENTS, LOG_WIDTH, LOG_BLOCKS, LOG_MERGED)
-    normaliser = _merge_parts(parts, at, PARENTS, LOG_BLOCKS)
+    at = ((level % 2) * rows + row) * PARENTS
+    normaliser = _merge_parts(parts + at * BLOCKS, PARENTS, BLOCKS, PADDED)
+    score, child = top_tokens(scored + at.to(tl.int64) * FLOATS, BLOCK, GROUP, BLOCKS, PADDED, PARENTS, WIDTH)
 
-    score = key_score(best)
     # An approximate logarithm may rise above zero; what has no probability is left out below and must not make a NaN here.
-    gain = tl.where(score > lost, tl.minimum(score - normaliser[None, :], 0.0), 0.0)
+    gain = tl.where(score > lost, tl.minimum(score - normaliser[:, None], 0.0), 0.0)
     if prior is not None:
         expected = tl.load(prior + level * BEAM + place, mask=place < BEAM, other=0.0)
-        gain = tl.minimum(trust * gain + (1.0 - trust) * expected[:, None], 0.0)
-    legal = (score > lost) & (above > lost)[None, :] & (place < BEAM)[:, None]
-    sums = tl.where(legal, above[None, :] + gain, lost)
-    number = parent[None, :] * WIDTH + place[:, None]
+        gain = tl.minimum(trust * gain + (1.0 - trust) * expected[None, :], 0.0)
+    legal = (score > lost) & (above > lost)[:, None] & (place < BEAM)[None, :]
+    sums = tl.where(legal, above[:, None] + gain, lost)
+    number = parent[:, None] * WIDTH + place[None, :]
     COUNT: tl.constexpr = WIDTH * PARENTS
     key = tl.reshape(sortable_key(sums, number), (COUNT,))
-    token = tl.reshape(tl.where(legal, key_token(best), 0), (COUNT,))
+    token = tl.reshape(tl.where(legal, child, 0), (COUNT,))
     order = count_larger(key, COUNT, 4096 // COUNT)
 
     to = (row * STREAMS + level) * SLOTS + order
@@ -263,59 +215,13 @@ def rank_level(
 
 
 @jit
-def _merge_blocks(
-    keys,
-    at,
-    PARENTS: tl.constexpr,
-    LOG_WIDTH: tl.constexpr,
-    LOG_BLOCKS: tl.constexpr,
-    LOG_MERGED: tl.constexpr,
-):
-    """Returns the best keys of each parent (WIDTH, PARENTS), falling, `1 << LOG_MERGED` blocks at a time."""
-    WIDTH: tl.constexpr = 1 << LOG_WIDTH
-    MERGED: tl.constexpr = 1 << LOG_MERGED
-    COLUMNS: tl.constexpr = PARENTS * MERGED
-    BLOCKS: tl.constexpr = 1 << LOG_BLOCKS
-    lists = keys + ((at * PARENTS * WIDTH) << LOG_BLOCKS)
-    best = _load_lists(lists, 0, PARENTS, WIDTH, MERGED, BLOCKS)
-    if BLOCKS > MERGED:
-        following = _load_lists(lists, MERGED, PARENTS, WIDTH, MERGED, BLOCKS)
-        for start in range(2 * MERGED, BLOCKS + MERGED, MERGED):
-            others = following
-            following = _load_lists(lists, start, PARENTS, WIDTH, MERGED, BLOCKS)
-            best = join_lists(best, others, MERGED, LOG_WIDTH, COLUMNS)
-    return merge_lists(best, LOG_MERGED, LOG_WIDTH, PARENTS)
-
-
-@jit
-def _load_lists(
-    lists, start, PARENTS: tl.constexpr, WIDTH: tl.constexpr, MERGED: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """Returns the lists of each parent and of the blocks from `start` on: (WIDTH, PARENTS * MERGED).
-
-    The compiler deals out threads along the first of equal dimensions, and loads wider than a key, which the hint forbids, would
-    change that. Short lists shall each be held by one thread, and those of one parent by one warp; long ones are spread over
-    threads.
-    """
-    SHORT: tl.constexpr = WIDTH <= 8
-    block = start + tl.max_contiguous(tl.arange(0, MERGED), 1)
-    parent = tl.arange(0, PARENTS)[None, :, None]
-    place = tl.arange(0, WIDTH)
-    block = block[:, None, None] if SHORT else block[None, None, :]
-    place = place[None, None, :] if SHORT else place[:, None, None]
-    at = (parent * WIDTH + place) * BLOCKS + block
-    table = tl.load(lists + at, mask=block < BLOCKS, other=0, cache_modifier=".cg")
-    if SHORT:
-        table = tl.permute(table, (2, 1, 0))
-    return tl.reshape(table, (WIDTH, PARENTS * MERGED))
-
-
-@jit
-def _merge_parts(parts, at, PARENTS: tl.constexpr, LOG_BLOCKS: tl.constexpr):
+def _merge_parts(parts, PARENTS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
     """Returns the log-sum-exp of each parent (PARENTS,) from those of the blocks."""
     parent = tl.arange(0, PARENTS)[:, None]
-    block = tl.arange(0, 1 << LOG_BLOCKS)[None, :]
-    part = tl.load(parts + ((at * PARENTS + parent) << LOG_BLOCKS) + block, cache_modifier=".cg")
+    block = tl.arange(0, PADDED)[None, :]
+    part = tl.load(
+        parts + parent * BLOCKS + block, mask=block < BLOCKS, other=float("-inf"), cache_modifier=".cg"
+    )
     maximum = tl.max(part, axis=1)
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(tl.exp(part - maximum[:, None]), axis=1)

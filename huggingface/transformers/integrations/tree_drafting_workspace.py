@@ -9,20 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
-TABLE_BYTES = 64 * 1024
-"""Bytes of the token table that one program holds in shared memory (100 KB on the smallest GPU the kernels run on)."""
-LARGEST_BEAM = 16
-"""Children of a node, and nodes whose children are scored, at most: what a thread sorts in registers."""
+from .top_tokens import floats_needed
+
+LARGEST_BEAM = 8
+"""Children of a node, and nodes whose children are scored, at most: candidates that a descent compares with each other."""
 SMALL_VOCABULARY = 16384
-"""Up to here small blocks keep all processors busy; beyond, larger blocks leave fewer lists to merge."""
-SMALL_BLOCK, LARGE_BLOCK = 128, 512
+"""Up to here small blocks keep all processors busy; beyond, larger blocks leave fewer maxima to compare."""
+SMALL_BLOCK, LARGE_BLOCK = 64, 512
 """Tokens that one program scores, in small and in large vocabularies."""
+SMALL_GROUP, LARGE_GROUP = 64, 32
+"""Tokens whose maximum is kept, likewise; a small block is one group."""
 SMALL_WARPS, LARGE_WARPS, SELECTION_WARPS = 8, 8, 8
 """Warps of a program that scores a small block, a large one, and of the program that selects the tree."""
-NO_KEY = -0x7FFFFFFFFFFFFFFF
-"""Below all keys of tokens."""
-MERGED_KEYS = 256
-"""Keys of a parent that are merged at a time: a list of 8 for each thread of a warp; with longer lists registers run out."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,8 @@ class DraftWorkspace:
     Attributes:
         beam: parents expanded a level, and tokens of each.
         keep: candidates of a level that are kept.
-        block: tokens of the vocabulary that one program scores.
-        keys: (2, batch, parents, width, blocks) int64 best candidates of each block and parent, two levels in turn; parents
-            and width are `beam` and blocks are the blocks of the vocabulary, rounded up to powers of two.
+        scored: (2, batch, parents, floats) float32 scores of every token and the maxima above them (:mod:`.top_tokens`), two
+            levels in turn; parents are `beam`, rounded up to a power of two.
         parts: (2, batch, parents, blocks) float32 each block's log-sum-exp.
         sums: (batch, streams, slots) float32 pool: log-probabilities summed from the root, -inf for none.
         tokens: (batch, streams, slots) int32 pool: tokens.
@@ -45,8 +42,7 @@ class DraftWorkspace:
 
     beam: int
     keep: int
-    block: int
-    keys: torch.Tensor
+    scored: torch.Tensor
     parts: torch.Tensor
     sums: torch.Tensor
     tokens: torch.Tensor
@@ -60,8 +56,6 @@ class DraftWorkspace:
         vocab: int,
         beam: int,
         nodes: int,
-        rank: int = 0,
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> DraftWorkspace:
         """Returns the workspace of :func:`.tree_drafting.draft_tree`.
@@ -72,22 +66,17 @@ class DraftWorkspace:
             vocab: tokens of the vocabulary.
             beam: parents expanded a level, and tokens of each.
             nodes: nodes of the tree.
-            rank: of the transition tables, 0 for none.
-            dtype: of the transition tables.
             device: where the trees are made.
 
         Raises:
-            ValueError: `beam` is not in 1 .. 16, or there are no streams.
+            ValueError: `beam` is not in 1 .. 8, or there are no streams.
         """
         if not 1 <= beam <= LARGEST_BEAM:
             raise ValueError(f"beam must be 1 to {LARGEST_BEAM}, got {beam}.")
         if streams < 1:
             raise ValueError(f"drafting needs at least one stream, got {streams}.")
-        width, parents = list_sizes(beam)
-        block = vocabulary_block(vocab, rank, dtype)
-        blocks = -(-vocab // block)
-        sizes = kernel_sizes(beam, nodes, streams, blocks)
-        blocks = next_power_of_two(blocks)
+        sizes = kernel_sizes(beam, nodes, streams, vocab)
+        parents, blocks = sizes["PARENTS"], sizes["BLOCKS"]
         pool = (batch, streams, sizes["SLOTS"])
 
         def empty(*shape: int, dtype: torch.dtype, fill: float = 0) -> torch.Tensor:
@@ -96,8 +85,7 @@ class DraftWorkspace:
         return cls(
             beam=beam,
             keep=sizes["KEEP"],
-            block=block,
-            keys=empty(2, batch, parents, width, blocks, dtype=torch.int64, fill=NO_KEY),
+            scored=empty(2, batch, parents, sizes["FLOATS"], dtype=torch.float32, fill=float("-inf")),
             parts=empty(2, batch, parents, blocks, dtype=torch.float32, fill=float("-inf")),
             sums=empty(*pool, dtype=torch.float32, fill=float("-inf")),
             tokens=empty(*pool, dtype=torch.int32),
@@ -105,37 +93,30 @@ class DraftWorkspace:
         )
 
 
-def vocabulary_block(vocab: int, rank: int, dtype: torch.dtype) -> int:
-    """Returns the tokens that one program scores."""
-    most = SMALL_BLOCK if vocab <= SMALL_VOCABULARY else LARGE_BLOCK
-    fits = TABLE_BYTES // (padded_rank(rank) * dtype.itemsize) if rank else most
-    return max(16, min(most, 1 << (fits.bit_length() - 1)))
-
-
-def list_sizes(beam: int) -> tuple[int, int]:
-    """Returns the length of the lists that kernels sort, and the parents they score: 8 are the least of a tensor core."""
-    width = max(2, next_power_of_two(beam))
-    return width, max(8, width)
-
-
 def block_warps(block: int) -> int:
-    """Returns the warps of a program that scores a block; each multiplies at least 16 tokens."""
-    return min(SMALL_WARPS if block <= SMALL_BLOCK else LARGE_WARPS, block // 16)
+    """Returns the warps of a program that scores a block."""
+    return SMALL_WARPS if block <= SMALL_BLOCK else LARGE_WARPS
 
 
-def kernel_sizes(beam: int, nodes: int, streams: int, blocks: int) -> dict[str, int]:
+def kernel_sizes(beam: int, nodes: int, streams: int, vocab: int) -> dict[str, int]:
     """Returns the constants that both kernels have in common."""
-    width, parents = list_sizes(beam)
+    width = max(2, next_power_of_two(beam))
     keep = min(max(nodes - 1, beam), width * width)
+    small = vocab <= SMALL_VOCABULARY
+    block, group = (SMALL_BLOCK, SMALL_GROUP) if small else (LARGE_BLOCK, LARGE_GROUP)
+    blocks = -(-vocab // block)
     return {
         "STREAMS": streams,
         "BEAM": beam,
         "KEEP": keep,
         "SLOTS": next_power_of_two(keep + 1),
-        "PARENTS": parents,
-        "LOG_WIDTH": width.bit_length() - 1,
-        "LOG_BLOCKS": (blocks - 1).bit_length(),
-        "LOG_MERGED": (min(blocks, MERGED_KEYS // width) - 1).bit_length(),
+        "PARENTS": 8,  # the least of a tensor core
+        "WIDTH": width,
+        "BLOCK": block,
+        "GROUP": group,
+        "BLOCKS": blocks,
+        "PADDED": max(width, next_power_of_two(blocks)),
+        "FLOATS": floats_needed(blocks, block, group),
     }
 
 

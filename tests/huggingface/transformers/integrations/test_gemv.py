@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from huggingface.transformers.integrations import gemv as module
-from huggingface.transformers.integrations.gemv import WIDEST_NORM, choose_block, gemv
+from huggingface.transformers.integrations.gemv import WIDEST_NORM, Blocks, choose_blocks, gemv
 from huggingface.transformers.integrations.skinny_linear import ACTIVATIONS, linear_reference
 from huggingface.transformers.integrations.triton_support import unavailable
 
@@ -73,19 +74,21 @@ def test_sizes(columns, inner, gated):
 @pytest.mark.parametrize("inner", [16, 48, 50, 15])
 @pytest.mark.parametrize("gated", [False, True])
 def test_several_chunks(block, inner, gated, monkeypatch):
-    """Columns and inputs that are multiples of the block, and such that are not."""
-    monkeypatch.setattr(module, "choose_block", lambda *sizes: (block, 16))
+    """Columns and inputs that are multiples of the block, and such that are not; a tail of 1 to 16."""
+    rest = inner % 16
+    blocks = Blocks(block, 16, inner // 16 or 1, 1 << (rest - 1).bit_length() if rest and inner > 16 else 0)
+    monkeypatch.setattr(module, "choose_blocks", lambda *sizes: blocks)
     check(16, inner, gated=gated)
     check(13, inner, gated=gated, activation="gelu_tanh", bias=not gated)
 
 
 @needs_kernels
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("inner", [16, 20, 100])
+@pytest.mark.parametrize("inner", [16, 20, 100, 127])
 @pytest.mark.parametrize("block", [1, 4])
 def test_a_norm_inside(norm, inner, block, monkeypatch):
     """Columns of the padding must not shift a LayerNorm's mean or variance."""
-    monkeypatch.setattr(module, "choose_block", lambda *sizes: (block, choose_block(*sizes)[1]))
+    monkeypatch.setattr(module, "choose_blocks", lambda *sizes: replace(choose_blocks(*sizes), columns=block))
     check(9, inner, norm=norm, activation="gelu_tanh", bias=True)
 
 
@@ -95,14 +98,25 @@ def test_a_row_wider_than_a_program_holds():
 
 
 @pytest.mark.parametrize("columns", [1, 768, 3072, 50257])
-@pytest.mark.parametrize("inner", [5, 768, WIDEST_NORM, 11008])
+@pytest.mark.parametrize("inner", [5, 768, 2560, 3000, WIDEST_NORM, 11008])
 @pytest.mark.parametrize("gated", [False, True])
-def test_blocks_are_powers_of_two_that_hold_a_norm(columns, inner, gated):
+def test_blocks_are_powers_of_two_that_cover_the_row(columns, inner, gated):
     pytest.importorskip("triton")
-    block, width = choose_block(columns, inner, gated)
-    assert block >= 1
-    assert block & (block - 1) == 0 == width & (width - 1)
-    assert width >= min(inner, WIDEST_NORM)
+    blocks = choose_blocks(columns, inner, gated)
+    assert all(size & (size - 1) == 0 for size in (blocks.columns, blocks.inner, blocks.tail))
+    covered = blocks.inner * blocks.chunks + blocks.tail
+    assert covered >= inner
+    assert blocks.chunks == 1 or blocks.inner * blocks.chunks <= inner
+    assert blocks.chunks == 1 or inner > WIDEST_NORM, "a program that normalises must hold the whole row"
+    assert (blocks.inner + blocks.tail) * blocks.columns * (1 + gated) <= 16384
+
+
+@pytest.mark.parametrize("inner", [2560, 3072, 5120])
+def test_no_lane_idles_at_the_widths_of_common_models(inner):
+    """2.7B of GPT-Neo, 3B of Llama 3.2, 13B of Llama."""
+    pytest.importorskip("triton")
+    blocks = choose_blocks(3 * inner, inner, False)
+    assert blocks.inner * blocks.chunks + blocks.tail == inner
 
 
 def check_compiled(monkeypatch, shapes, kinds, capabilities) -> None:
@@ -129,7 +143,7 @@ def check_compiled(monkeypatch, shapes, kinds, capabilities) -> None:
 
 
 def test_the_largest_blocks_compile_without_spills(monkeypatch):
-    check_compiled(monkeypatch, [(11008, 4096, True), (50257, 768, False)], (torch.bfloat16,), (86, 90))
+    check_compiled(monkeypatch, [(11008, 4096, True), (50257, 768, False), (10240, 2560, False), (4096, 11008, False)], (torch.bfloat16,), (86, 90))
 
 
 @pytest.mark.slow

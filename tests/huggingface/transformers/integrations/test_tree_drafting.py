@@ -23,7 +23,6 @@ from huggingface.transformers.integrations.tree_drafting_workspace import (
     block_warps,
     kernel_sizes,
     next_power_of_two,
-    vocabulary_block,
 )
 from huggingface.transformers.integrations.triton_support import unavailable
 
@@ -86,7 +85,7 @@ def assert_well_formed(tree, root):
     streams=st.integers(1, 3),
     vocab=st.sampled_from([1, 3, 29, 128, 131]),
     rank=st.sampled_from([0, 1, 16, 20]),
-    beam=st.integers(1, 16),
+    beam=st.integers(1, 8),
     nodes=st.integers(2, 64),
     seed=st.integers(0, 99),
 )
@@ -105,7 +104,7 @@ def test_half_precision_and_many_blocks():
 
 @needs_kernels
 def test_a_workspace_serves_step_after_step():
-    space = DraftWorkspace.allocate(2, 3, 300, 4, 16, 8, device=DEVICE)
+    space = DraftWorkspace.allocate(2, 3, 300, 4, 16, device=DEVICE)
     chain = torch.tensor([[1, 2, 3, 4], [5, -1, -1, -1]], device=DEVICE)
     tree = TreeTensors.allocate(2, 16, DEVICE)
     for seed in (0, 1, 1):
@@ -264,11 +263,20 @@ def test_priors_equal_the_reference(streams, beam, nodes, trust, seed):
 
 
 @needs_kernels
-def test_more_lists_than_are_merged_at_once(monkeypatch):
-    """Five blocks of 16 tokens, two lists at a time: the last of the rounded number is empty."""
-    monkeypatch.setattr(tree_drafting_workspace, "SMALL_BLOCK", 16)
-    monkeypatch.setattr(tree_drafting_workspace, "MERGED_KEYS", 8)
-    inputs = draws(1, 3, 75, 4)
+@pytest.mark.parametrize("vocab", [2500, 2100, 75])
+def test_blocks_of_several_groups(vocab, monkeypatch):
+    """20 blocks of four groups, 17 of the 32 a power of two would have, and one that is mostly empty."""
+    monkeypatch.setattr(tree_drafting_workspace, "SMALL_BLOCK", 128)
+    monkeypatch.setattr(tree_drafting_workspace, "SMALL_GROUP", 32)
+    inputs = draws(1, 3, vocab, 4)
+    assert_same(drafted(inputs, 4, 24), drafted(inputs, 4, 24, draft_tree_reference))
+
+
+@needs_kernels
+def test_ties_across_blocks():
+    """Few different logits, so that most tokens tie."""
+    logits = torch.randint(3, (1, 3, 4480), device=DEVICE).float()
+    inputs = (logits, torch.tensor([1], device=DEVICE), None, None)
     assert_same(drafted(inputs, 4, 24), drafted(inputs, 4, 24, draft_tree_reference))
 
 
@@ -337,7 +345,7 @@ def test_impossible_requests_are_refused():
 
 @needs_kernels
 def test_a_workspace_of_other_sizes_is_refused():
-    space = DraftWorkspace.allocate(1, 2, 9, 4, 8, 4, device=DEVICE)
+    space = DraftWorkspace.allocate(1, 2, 9, 4, 8, device=DEVICE)
     with pytest.raises(ValueError, match="workspace"):
         drafted(draws(1, 2, 9, 4), 5, 8, workspace=space)
 
@@ -345,15 +353,15 @@ def test_a_workspace_of_other_sizes_is_refused():
 SIZES = {
     # dtype, vocab, beam, nodes, streams, chain
     "small vocabulary": ("bf16", 8192, 8, 32, 4, 0),
-    "largest tree": ("bf16", 8192, 16, 64, 7, 16),
+    "largest tree": ("bf16", 8192, 8, 64, 7, 16),
     "large vocabulary": ("bf16", 50257, 8, 64, 4, 16),
-    "float32, largest vocabulary": ("fp32", 128256, 16, 64, 4, 0),
+    "float32, largest vocabulary": ("fp32", 128256, 8, 64, 4, 0),
 }
 
 
 MODULE = "huggingface.transformers.integrations.tree_drafting_kernels"
-TYPES = {name: "*i64" for name in ("root", "keys", "tokens", "ancestors", "continuation")}
-TYPES |= {name: "*fp32" for name in ("parts", "pool_sums", "prior")}
+TYPES = {name: "*i64" for name in ("root", "tokens", "ancestors", "continuation")}
+TYPES |= {name: "*fp32" for name in ("scored", "parts", "pool_sums", "prior")}
 TYPES |= {name: "*i32" for name in ("pool_tokens", "pool_parents", "parents", "depths", "origins")}
 TYPES |= {name: "i32" for name in ("logits_batch_stride", "logits_stream_stride", "vocab", "rank", "level")}
 TYPES |= {"nodes": "i32", "chain_length": "i32", "chain_step": "fp32", "trust": "fp32"}
@@ -361,11 +369,10 @@ TYPES |= {"nodes": "i32", "chain_length": "i32", "chain_step": "fp32", "trust": 
 
 def kernels_of(kind, vocab, beam, nodes, streams, chain, rank=64):
     """Returns what compiles the kernel of a level and the one that selects the tree."""
-    block = vocabulary_block(vocab, rank, torch.float32 if kind == "fp32" else torch.bfloat16)
     types = TYPES | {name: f"*{kind}" for name in ("logits", "parent_table", "token_table")}
-    sizes = kernel_sizes(beam, nodes, streams, -(-vocab // block))
-    warps = block_warps(block)
-    level = {"LOG_BLOCK": block.bit_length() - 1, "WARPS": warps, "RANK": rank, "FIRST": False}
+    sizes = kernel_sizes(beam, nodes, streams, vocab)
+    warps = block_warps(sizes["BLOCK"])
+    level = {"RANK": rank, "FIRST": False}
     selection = {
         "ENTRIES": next_power_of_two(streams * sizes["SLOTS"]),
         "NODES": next_power_of_two(nodes),
