@@ -9,11 +9,22 @@ from .triton_support import jit, tl
 
 
 @jit
+def sortable_bits(score):
+    """Returns int32 numbers in the order of float32 scores."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # zeros of both signs tie
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def bits_score(bits):
+    """Returns the scores of such numbers."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit
 def sortable_key(score, token):
     """Returns int64 keys whose order is (score, then lower token)."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # zeros of both signs tie
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+    return (sortable_bits(score).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
 @jit
@@ -25,8 +36,7 @@ def key_token(key):
 @jit
 def key_score(key):
     """Returns the score of a key."""
-    bits = (key >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return bits_score((key >> 32).to(tl.int32))
 
 
 @jit

@@ -23,7 +23,7 @@ from .tree_drafting_workspace import (
     next_power_of_two,
     padded_rank,
 )
-from .triton_support import overlaps_launches, unavailable
+from .triton_support import unavailable
 
 MOST_NODES = 64
 """Largest tree: the ancestors of a node are the bits of one int64."""
@@ -166,8 +166,6 @@ def _draft_tree_triton(
             "the workspace was allocated for another batch, beam, number of streams or of nodes."
         )
     length = continuation.shape[1] if continuation is not None else 0
-    pdl = overlaps_launches(logits.device)
-    options = {"launch_pdl": True} if pdl else {}
     lists = (workspace.scored, workspace.parts, workspace.sums, workspace.tokens, workspace.parents)
     warps = block_warps(sizes["BLOCK"])
     for level in range(streams):
@@ -176,10 +174,8 @@ def _draft_tree_triton(
             logits.stride(0), logits.stride(1), vocab, rank, level,
             RANK=padded_rank(rank),
             FIRST=level == 0,
-            PDL=pdl,
             num_warps=warps,
             **sizes,
-            **options,
         )  # fmt: skip
     draft_selection_kernel[(batch,)](
         root, *lists, prior, trust,
@@ -188,10 +184,8 @@ def _draft_tree_triton(
         ENTRIES=next_power_of_two(streams * sizes["SLOTS"]),
         NODES=next_power_of_two(nodes),
         CHAIN=next_power_of_two(length) if length else 0,
-        PDL=pdl,
         num_warps=SELECTION_WARPS,
         **sizes,
-        **options,
     )  # fmt: skip
 
 

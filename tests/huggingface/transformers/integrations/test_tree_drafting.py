@@ -249,7 +249,7 @@ class TestContinuation:
 @settings(max_examples=6, deadline=None)
 @given(
     streams=st.integers(1, 3),
-    beam=st.integers(1, 9),
+    beam=st.integers(1, 8),
     nodes=st.integers(2, 40),
     trust=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 99),
