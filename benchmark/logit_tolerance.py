@@ -49,6 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(words)
     if not 2 <= flags.nodes <= 64:
         parser.error(f"--nodes must be 2 to 64, got {flags.nodes}.")
+    if not Path(flags.model_name_or_path).is_dir():
+        parser.error(f"--model_name_or_path {flags.model_name_or_path}: no such directory.")
     try:
         source = "auto" if flags.data_dir else "samples"
         texts = [
@@ -64,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         model: Any = load_streaming(flags.model_name_or_path, dtype=getattr(torch, flags.dtype))
         tokenizer = AutoTokenizer.from_pretrained(flags.model_name_or_path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     model.to(device).eval()
     flags.output_dir.mkdir(parents=True, exist_ok=True)
@@ -80,8 +82,7 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     write_json(flags.output_dir / "tolerance.json", result)
     sys.stdout.write(
-        "largest logit difference {largest_difference:.4f} over {compared} of {prefixes} prefixes: "
-        "tolerance {tolerance:.4f}\n".format(**result)
+        "largest logit difference {largest_difference:.2g} over {compared} of {prefixes} prefixes: tolerance {tolerance:.2g}\n".format(**result)
     )
     return 0
 

@@ -65,6 +65,7 @@ def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> An
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from huggingface.transformers.models.spec_stream import stream_config_from, supported_architectures
+    from training.query_scale import shrink_queries
 
     fields = dict(file.architecture)
     kind = fields.pop("model_type")
@@ -75,7 +76,9 @@ def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> An
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     stock = AutoConfig.for_model(kind, **fields, **special, pad_token_id=tokenizer.pad_token_id)
     config = stream_config_from(stock, **wanted_fields(flags, file.stream_fields, stock.num_hidden_layers))
-    return AutoModelForCausalLM.from_config(config, attn_implementation=flags.attn_implementation)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=flags.attn_implementation)
+    shrink_queries(model)
+    return model
 
 
 def check_checkpoint(name: str) -> None:

@@ -21,6 +21,7 @@ from training.checkpoints import last_complete, mark_complete
 from training.errors import DivergedError
 from training.objective import StreamObjective
 from training.optimiser import MasterAdamW
+from training.query_scale import slow_queries
 from training.ranks import NO_TOKEN, stream_ranks
 from training.sampling import LengthGroupedSampler, RowBudgetSampler, WeightedDraw
 from training.schedule import CosineSchedule, TimeLimit
@@ -132,9 +133,11 @@ class StreamTrainer(Trainer):
         return RowBudgetSampler(draw, examples.lengths, anchors, stream_cost, self.flags.batch_rows, devices)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Returns upstream's AdamW; with `--bf16_weights` in the form that keeps float32 copies."""
+        """Returns upstream's AdamW, for a new model with its queries' own pace; with `--bf16_weights` on float32 copies."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if fresh and self.flags.mode == "scratch":
+            optimizer.param_groups[:] = slow_queries(optimizer.param_groups, self.objective.model)
         if fresh and self.flags.bf16_weights:
             self.optimizer = self.masters = MasterAdamW(optimizer.param_groups)
         return self.optimizer
