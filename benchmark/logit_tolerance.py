@@ -1,6 +1,6 @@
 """How much a token's logits change when its step holds a whole draft tree instead of itself alone.
 
-    python -m benchmark.logit_tolerance --model_name_or_path checkpoints/spec_stream_9m --data_dir data --output_dir results/tolerance
+    python -m benchmark.logit_tolerance --model_name_or_path checkpoints/spec_stream_9m --output_dir results/tolerance
 
 The same prefix, run once as a plain step and once as the root of a tree, goes through kernels that add up in another order. Two
 tokens whose logits are closer than what this changes may swap: four times the largest difference is the gap below which a
@@ -21,7 +21,7 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessorList
 
 from benchmark.files import write_json
-from datasets_code import DATASETS, DataError, get_dataset
+from datasets_code import DataError, get_dataset
 from huggingface.transformers.generation.fused_step import FusedStep
 from huggingface.transformers.generation.tree_tuning import BEAM, DraftPlan, make_plan
 from huggingface.transformers.generation.verification import Rule
@@ -56,9 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
         texts = [
             example.prompt.text
             for name in SETS
-            for example in get_dataset(name)
-            .load("test", flags.data_dir, flags.limit, source=source)
-            .examples
+            for example in get_dataset(name).load("test", flags.data_dir, flags.limit, source=source).examples
         ]
     except (DataError, ValueError) as error:
         parser.error(str(error))
@@ -81,9 +79,9 @@ def main(words: Sequence[str] | None = None) -> int:
         **measure(model, prompts, flags.nodes),
     }
     write_json(flags.output_dir / "tolerance.json", result)
-    sys.stdout.write(
-        "largest logit difference {largest_difference:.2g} over {compared} of {prefixes} prefixes: tolerance {tolerance:.2g}\n".format(**result)
-    )
+    seen = f"{result['compared']} of {result['prefixes']} prefixes"
+    largest, tolerance = result["largest_difference"], result["tolerance"]
+    sys.stdout.write(f"largest logit difference {largest:.2g} over {seen}: tolerance {tolerance:.2g}\n")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Training of models whose attention does not scale its scores, as if it did.
 
-GPT-Neo leaves out the factor head_size ** -0.5, so its scores start that much larger and move that much faster; large models then
-learn slowly or diverge at learning rates that suit others. The factor can be put into the query projections instead: weights drawn
-that much smaller, and a learning rate that much smaller for them, follow step by step what a model that scales would do.
+GPT-Neo leaves out the factor head_size ** -0.5, so its scores start that much larger and move that much faster; large models
+then learn slowly or diverge at learning rates that suit others. The factor can be put into the query projections instead: weights
+drawn that much smaller, and a learning rate that much smaller for them, follow step by step what a model that scales would do.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from __future__ import annotations
 from .sortable_keys import bits_score, sortable_bits
 from .triton_support import jit, tl
 
-
 NO_MEMBER = tl.constexpr(0x7FFFFFFF) if tl is not None else 0x7FFFFFFF
 TAKEN = tl.constexpr(-0x80000000) if tl is not None else -0x80000000
 """Below the bits of every score, -inf included."""
@@ -106,7 +105,9 @@ def _best_members(
     PIECES: tl.constexpr = ABOVE * EACH // LANES
     member = above[:, :, None] * EACH + tl.arange(0, EACH)[None, None, :]
     member = tl.max_contiguous(tl.reshape(member, (ROWS, PIECES, LANES)), (1, 1, min(EACH, LANES)))
-    score = tl.load(segment[:, :, None] + member, mask=member < limit, other=float("-inf"), cache_modifier=".cg")
+    score = tl.load(
+        segment[:, :, None] + member, mask=member < limit, other=float("-inf"), cache_modifier=".cg"
+    )
     bits = sortable_bits(score)
     place = tl.arange(0, WIDTH)[None, :]
     best = tl.zeros((ROWS, WIDTH), tl.int32)

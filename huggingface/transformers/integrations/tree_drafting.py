@@ -156,9 +156,7 @@ def _draft_tree_triton(
     nodes = tree.tokens.shape[1]
     rank = parent_table.shape[1] if parent_table is not None else 0
     if workspace is None:
-        workspace = DraftWorkspace.allocate(
-            batch, streams, vocab, beam, nodes, logits.device
-        )
+        workspace = DraftWorkspace.allocate(batch, streams, vocab, beam, nodes, logits.device)
     sizes = kernel_sizes(beam, nodes, streams, vocab)
     shape = (batch, streams, sizes["SLOTS"])
     if (workspace.beam, workspace.keep, *workspace.sums.shape) != (beam, sizes["KEEP"], *shape):

@@ -1,15 +1,15 @@
 """Triton kernels of :mod:`.tree_drafting`: a launch scores one level of the draft tree, a last one selects the tree.
 
-The programs of a launch cannot wait for each other, so what a level's beam is, is found out by the next launch, and there by every
-program for itself: all of them need it, and to descend to the best tokens (:mod:`.top_tokens`) costs less than to hand the result
-around once more. What is found is ranked, best first, so that the beam is simply the first `beam` candidates; the first program
-keeps them in the level's row of the pool::
+The programs of a launch cannot wait for each other, so what a level's beam is, is found out by the next launch, and there by
+every program for itself: all of them need it, and to descend to the best tokens (:mod:`.top_tokens`) costs less than to hand the
+result around once more. What is found is ranked, best first, so that the beam is simply the first `beam` candidates; the first
+program keeps them in the level's row of the pool::
 
     pool    level 1   .81 .10 .02 ...  | empty       sums of log-probabilities, shown as probabilities
             level 2   .70 .06 .05 ...  | empty       a tree of n nodes never needs more than n - 1 candidates of one level
 
-The kernels start when the one in front has finished: started early (see :mod:`.triton_support`), four levels over 8,192 tokens took
-45 us on an H200, not 32. Scores are (2, batch, floats): of two levels, one is read while the other is written.
+The kernels start when the one in front has finished: started early (see :mod:`.triton_support`), four levels over 8,192 tokens
+took 45 us on an H200, not 32. Scores are (2, batch, floats): of two levels, one is read while the other is written.
 """
 
 from __future__ import annotations

@@ -143,7 +143,12 @@ def check_compiled(monkeypatch, shapes, kinds, capabilities) -> None:
 
 
 def test_the_largest_blocks_compile_without_spills(monkeypatch):
-    check_compiled(monkeypatch, [(11008, 4096, True), (50257, 768, False), (10240, 2560, False), (4096, 11008, False)], (torch.bfloat16,), (86, 90))
+    check_compiled(
+        monkeypatch,
+        [(11008, 4096, True), (50257, 768, False), (10240, 2560, False), (4096, 11008, False)],
+        (torch.bfloat16,),
+        (86, 90),
+    )
 
 
 @pytest.mark.slow
