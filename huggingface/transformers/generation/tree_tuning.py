@@ -46,6 +46,8 @@ CONTEXT = 256
 """Committed tokens before the steps that are measured: a prompt of the benchmark's sets and half an answer."""
 TIE = 0.02
 """Candidates within this share of the highest speed count as equally fast; medians of a dozen steps differ by as much."""
+CAPTURED_TIE = 0.005
+"""The same of captured steps, which repeat to half a percent (H200, plain steps of 125M's shape in four runs)."""
 LEAST_GAIN = 0.03
 """What drafting must gain over plain decoding to be chosen; less may be a loss with prompts unlike those of calibration."""
 CONFIG_KEY = "spec_stream"
@@ -171,17 +173,18 @@ def expected_tokens(accuracy: Sequence[Sequence[float]], shape: TreeShape) -> fl
     return sum(worths)
 
 
-def choose(candidates: Sequence[Candidate]) -> Candidate:
+def choose(candidates: Sequence[Candidate], tie: float = TIE) -> Candidate:
     """Returns the candidate with the most expected tokens a second, the smallest of a tie; plain decoding if it is hardly slower.
 
     Args:
         candidates: with plain decoding among them.
+        tie: share of the highest speed within which speeds count as equal.
     """
     plain = next(one for one in candidates if one.plan.shape.nodes == 1)
     best = max(one.speed for one in candidates)
     if best <= (1 + LEAST_GAIN) * plain.speed:
         return plain
-    tied = [one for one in candidates if one.speed >= (1 - TIE) * best]
+    tied = [one for one in candidates if one.speed >= (1 - tie) * best]
     return min(tied, key=lambda one: (one.plan.shape.rows, -one.speed))
 
 
@@ -326,7 +329,7 @@ def tune(model, sizes: Sequence[int] | None = None, context: int = CONTEXT, batc
         shallow = _shallower(model, _candidates(model, cost))
         cost |= _measure_what_fits(model, shallow, context, batch, captured, allow_none=True)
     candidates = _candidates(model, cost)
-    chosen = choose(candidates)
+    chosen = choose(candidates, CAPTURED_TIE if captured else TIE)
     setting, entry = setting_name(model, batch), entry_of(chosen.plan, captured)
     update_settings(model, draft_nodes={**_entries(model), setting: entry})
     return Tuning(setting, batch, context, candidates, chosen, entry)

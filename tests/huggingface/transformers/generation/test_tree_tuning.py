@@ -11,6 +11,7 @@ from huggingface.transformers.generation.step_cost import REPLAYS
 from huggingface.transformers.generation.tree_tuning import (
     BEAM,
     CAPTURED_SIZES,
+    CAPTURED_TIE,
     SIZES,
     TRUST,
     Candidate,
@@ -103,6 +104,12 @@ def test_a_tie_goes_to_the_fewest_rows():
     assert chosen(1.5 * 1.01, streams=10) == 8  # 44 rows against 32
     tree, chain = candidate(4, 1.49), candidate(4, 1.5, beam=1)
     assert choose([candidate(1, 1.0), tree, chain]) is chain  # no smaller: the faster
+
+
+def test_how_near_a_tie_is_can_be_told():
+    near = [candidate(1, 1.0), candidate(4, 1.5), candidate(8, 1.5 * 1.01)]
+    assert choose(near, CAPTURED_TIE).plan.shape.nodes == 8
+    assert choose(near).plan.shape.nodes == 4
 
 
 @pytest.mark.parametrize(("speed", "nodes"), [(0.7, 1), (1.0, 1), (1.029, 1), (1.031, 4)])
