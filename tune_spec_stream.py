@@ -220,7 +220,7 @@ def _notes(tuning: Tuning) -> list[str]:
 
 def save(file: Path, tuning: Tuning) -> None:
     """Adds the choice to a checkpoint's generation configuration, which is replaced as a whole or not at all."""
-    from huggingface.transformers.generation.tree_tuning import CONFIG_KEY
+    from huggingface.transformers.generation.draft_settings import CONFIG_KEY
 
     values: dict[str, Any] = read_json(file) or {}
     settings = values.get(CONFIG_KEY) or {}

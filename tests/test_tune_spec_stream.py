@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tune_spec_stream
-from huggingface.transformers.generation import tree_tuning
+from huggingface.transformers.generation import draft_settings, tree_tuning
 from huggingface.transformers.models.spec_stream import load_streaming, stock_class
 from models import Limits, fold
 from models.loading import load
@@ -23,7 +23,7 @@ def trained(tmp_path_factory):
     config = tiny_config("gpt_neo")
     stock_class(config)(config).save_pretrained(directory / "stock")
     model = load_streaming(str(directory / "stock"), stream_fields={"streams": 2, "stream_layers": 1})
-    tree_tuning.update_settings(model, rank_accuracy=ACCURACY)
+    draft_settings.update_settings(model, rank_accuracy=ACCURACY)
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory

@@ -13,8 +13,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from huggingface.transformers.generation import graph_runner
+from huggingface.transformers.generation.draft_settings import CONFIG_KEY
 from huggingface.transformers.generation.tree_tuning import (
-    CONFIG_KEY,
     DraftPlan,
     batch_class,
     plan_for,

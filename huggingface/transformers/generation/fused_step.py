@@ -29,7 +29,8 @@ from ..integrations.tree_acceptance import (
 from ..integrations.tree_attention import AttentionWorkspace, StepRows
 from ..integrations.tree_drafting import DraftWorkspace, TreeTensors, draft_tree
 from ..models.spec_stream.fused_layers import fused_layers_of
-from .tree_tuning import DraftPlan, rank_accuracy
+from .draft_settings import rank_accuracy
+from .tree_tuning import DraftPlan
 from .verification import Rule
 
 LEAST_SHARE = 1e-4

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
+from .draft_settings import rank_accuracy, saved_settings, update_settings
 from .draft_tree import TreeShape
 from .step_cost import REPLAYS, captured_step_seconds, eager_step_seconds
 from .verification import Rule
 
-UNCALIBRATED = (0.6, 0.15, 0.06, 0.03)
-"""Rank accuracies assumed for every stream of a model that was never calibrated."""
 DEFAULT_NODES = {"cpu": 8, "cuda": 32}
 """Nodes of a tree on a device for which nothing was tuned."""
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
@@ -50,8 +49,6 @@ CAPTURED_TIE = 0.005
 """The same of captured steps, which repeat to half a percent (H200, plain steps of 125M's shape in four runs)."""
 LEAST_GAIN = 0.03
 """What drafting must gain over plain decoding to be chosen; less may be a loss with prompts unlike those of calibration."""
-CONFIG_KEY = "spec_stream"
-"""Name under which `generation_config.json` keeps accuracies and tuned sizes."""
 
 
 @dataclass(frozen=True)
@@ -186,26 +183,6 @@ def choose(candidates: Sequence[Candidate], tie: float = TIE) -> Candidate:
         return plain
     tied = [one for one in candidates if one.speed >= (1 - tie) * best]
     return min(tied, key=lambda one: (one.plan.shape.rows, -one.speed))
-
-
-def saved_settings(model) -> dict[str, Any]:
-    """Returns what the checkpoint's `generation_config.json` says of drafting; empty if nothing."""
-    return dict(getattr(model.generation_config, CONFIG_KEY, None) or {})
-
-
-def update_settings(model, **values: Any) -> None:
-    """Adds to what the model's `generation_config` says of drafting; `save_pretrained` then keeps it."""
-    setattr(model.generation_config, CONFIG_KEY, {**saved_settings(model), **values})
-    # Upstream drops everything it does not know from a generation configuration that it derived itself.
-    model.generation_config._from_model_config = False
-    # Captured steps hold what was drafted by before.
-    model.__dict__.pop("_graph_runners", None)
-
-
-def rank_accuracy(model) -> list[list[float]]:
-    """Returns the calibrated accuracy of each stream and rank, or a cautious guess for a model never calibrated."""
-    saved = saved_settings(model).get("rank_accuracy")
-    return saved or [list(UNCALIBRATED)] * model.streams.config.streams
 
 
 def device_name(device: torch.device) -> str:

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from huggingface.transformers.generation import fused_step, step_cost, tree_tuning
+from huggingface.transformers.generation import draft_settings, fused_step, step_cost
 from huggingface.transformers.generation.step_cost import (
     LEAST_ROUNDS,
     MOST_ROUNDS,
@@ -177,4 +177,4 @@ def test_real_steps_are_timed_and_draw_nothing(architecture, fields, make_model,
         assert all(one.step_s > 0 for one in tuning.candidates)
         assert torch.equal(drawn, torch.get_rng_state())
     finally:
-        delattr(model.generation_config, tree_tuning.CONFIG_KEY)
+        delattr(model.generation_config, draft_settings.CONFIG_KEY)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from huggingface.transformers.generation import tree_tuning
+from huggingface.transformers.generation.draft_settings import (
+    CONFIG_KEY,
+    DraftSettings,
+    saved_settings,
+    update_settings,
+)
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.step_cost import REPLAYS
 from huggingface.transformers.generation.tree_tuning import (
@@ -22,11 +31,9 @@ from huggingface.transformers.generation.tree_tuning import (
     grow_tree,
     make_plan,
     plan_for,
-    saved_settings,
     setting_name,
     tune,
     tuned_nodes,
-    update_settings,
 )
 
 ACCURACY = [[0.8, 0.1], [0.8, 0.1], [0.8, 0.1]]
@@ -41,7 +48,7 @@ def model(make_model):
     model = make_model("gpt_neo", dtype=torch.float32, seed=OWN_SEED)
     update_settings(model, rank_accuracy=ACCURACY, draft_nodes={})
     yield model
-    delattr(model.generation_config, tree_tuning.CONFIG_KEY)
+    delattr(model.generation_config, CONFIG_KEY)
 
 
 class Costs:
@@ -267,3 +274,11 @@ def test_plans_that_differ_in_their_source_alone_are_equal(model):
     assert make_plan(model, 5, 3, 4, "given") == make_plan(model, 5, 3, 4, "tuned")
     assert hash(make_plan(model, 5, 3, 4, "given")) == hash(make_plan(model, 5, 3, 4, "tuned"))
     assert make_plan(model, 5, 3, 4) != make_plan(model, 5, 3, 2)
+
+
+def test_settings_are_shared_by_copies_and_saved_as_they_are(tmp_path):
+    config = GenerationConfig(**{CONFIG_KEY: DraftSettings(rank_accuracy=[[0.5, 0.25]], trust=0.5)})
+    assert getattr(copy.deepcopy(config), CONFIG_KEY) is getattr(config, CONFIG_KEY)
+    config.save_pretrained(tmp_path)
+    saved = getattr(GenerationConfig.from_pretrained(tmp_path), CONFIG_KEY)
+    assert saved == {"rank_accuracy": [[0.5, 0.25]], "trust": 0.5}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from huggingface.transformers.generation.tree_tuning import saved_settings, update_settings
+from huggingface.transformers.generation.draft_settings import saved_settings, update_settings
 from huggingface.transformers.models.spec_stream import load_streaming, stream_config_from
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
