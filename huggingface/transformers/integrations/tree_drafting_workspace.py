@@ -33,7 +33,7 @@ class DraftWorkspace:
         beam: parents expanded a level, and tokens of each.
         keep: candidates of a level that are kept.
         scored: (2, batch, parents, floats) float32 scores of every token and the maxima above them (:mod:`.top_tokens`), two
-            levels in turn; parents are `beam`, rounded up to a power of two.
+            levels in turn; 8 parents, the least of a tensor core, whatever the beam.
         parts: (2, batch, parents, blocks) float32 each block's log-sum-exp.
         sums: (batch, streams, slots) float32 pool: log-probabilities summed from the root, -inf for none.
         tokens: (batch, streams, slots) int32 pool: tokens.
