@@ -52,7 +52,7 @@ def fetch_rows(source: HubSource, split: str) -> HubRows:
         HubUnavailable: if there is no answer, no cached copy, or no Parquet file of this split.
     """
     try:
-        import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
+        import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401 - untyped; only whether it is there
         from huggingface_hub import constants
     except ImportError as error:
         raise HubUnavailable(f"the hub needs the package '{error.name}'; pip install {error.name}") from error
@@ -66,7 +66,7 @@ def probe(source: HubSource) -> str | None:
 
     try:
         within(PROBE_S, lambda: HfApi().dataset_info(source.repo, revision=source.revision, timeout=PROBE_S))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - wide on purpose
         # The client raises a wide family (DNS, proxy, TLS, HTTP status, its own): each means "no hub here".
         return f"no answer ({type(error).__name__}; HF_HUB_OFFLINE=1 skips asking)"
     return None

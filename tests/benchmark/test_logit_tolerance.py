@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from benchmark import logit_tolerance
+from huggingface.transformers.generation.draft_tree import TreeShape
+from huggingface.transformers.generation.tree_tuning import DraftPlan
 
 SHIPPED = "checkpoints/spec_stream_9m"
 
@@ -22,27 +24,37 @@ def test_of_the_shipped_model(tmp_path, capsys):
     assert "tolerance" in capsys.readouterr().out
 
 
-def test_a_step_that_computes_something_else_is_seen(monkeypatch):
-    def logits(model, prefix, plan):
-        return 3, torch.full((5,), float(plan.shape.nodes))
+class Model:
+    class streams:
+        class config:
+            streams = 2
 
-    class Model:
-        class streams:
-            class config:
-                streams = 2
+
+@pytest.fixture
+def tree_of_three(monkeypatch):
+    """One prefix, and a tree of three nodes beside the plain step of one."""
+    tree = DraftPlan(TreeShape((-1, 0, 0), 1))
+    monkeypatch.setattr(logit_tolerance, "make_plan", lambda *given: tree)
+    monkeypatch.setattr(logit_tolerance, "_prefixes", lambda model, prompts: prompts)
+
+
+@pytest.mark.usefixtures("tree_of_three")
+def test_the_tolerance_is_four_times_the_largest_difference(monkeypatch):
+    def logits(model, prefix, plan):
+        return 3, torch.tensor([0.0, 1.5 * plan.shape.nodes * prefix.shape[1]])
 
     monkeypatch.setattr(logit_tolerance, "root_logits", logits)
-    monkeypatch.setattr(logit_tolerance, "_prefixes", lambda model, prompts: prompts)
+    result = logit_tolerance.measure(Model, [torch.zeros(1, 2), torch.zeros(1, 1)], 3)
+    assert result == {"prefixes": 2, "compared": 2, "largest_difference": 6.0, "tolerance": 24.0}
+
+
+@pytest.mark.usefixtures("tree_of_three")
+def test_different_roots_are_not_compared(monkeypatch):
     monkeypatch.setattr(
-        logit_tolerance,
-        "make_plan",
-        lambda *given: logit_tolerance.DraftPlan(logit_tolerance.DraftPlan.plain().shape, source="given"),
+        logit_tolerance, "root_logits", lambda model, prefix, plan: (plan.shape.nodes, torch.zeros(5))
     )
-    assert logit_tolerance.measure(Model, [torch.zeros(1, 2)], 8)["largest_difference"] == 0
-    monkeypatch.setattr(logit_tolerance, "root_logits", lambda *given: (next(roots), torch.zeros(5)))
-    roots = iter([1, 2])
     with pytest.raises(ValueError, match="compared"):
-        logit_tolerance.measure(Model, [torch.zeros(1, 2)], 8)
+        logit_tolerance.measure(Model, [torch.zeros(1, 2)], 3)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ CONTEXT = 256
 TIE = 0.02
 """Candidates within this share of the highest speed count as equally fast; medians of a dozen steps differ by as much."""
 CAPTURED_TIE = 0.005
-"""The same of captured steps, which repeat to half a percent (H200, plain steps of 125M's shape in four runs)."""
+"""The same of captured steps: two timings of one graph in one process differed by at most 0.6 % (H200, 125M's shape)."""
 LEAST_GAIN = 0.03
 """What drafting must gain over plain decoding to be chosen; less may be a loss with prompts unlike those of calibration."""
 
