@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 Flags = TypeVar("Flags")
 MODES = ("scratch", "joint", "adapter")
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "muon")
 TARGETS = ("own", "references")
 DEFAULT_VOCAB_SIZE = 8192
 
@@ -63,7 +64,13 @@ class TrainingFlags:
     )
     pruning_rank: int | None = option(None, "rank of the pruning head [the config's, else 0]")
     learning_rate: float = option(1e-3, "highest learning rate")
-    weight_decay: float = option(0.01, "AdamW weight decay")
+    optimizer: str = option(
+        "adamw",
+        "muon: orthogonalised steps for the layers' matrices, AdamW for the rest; learns in fewer steps, above all large models",
+        OPTIMIZERS,
+    )
+    muon_learning_rate: float = option(2e-3, "muon: highest learning rate of the layers' matrices")
+    weight_decay: float = option(0.01, "weight decay")
     max_grad_norm: float = option(1.0, "gradient clipping")
     warmup_steps: int = option(200, "steps of linear warm-up before the cosine")
     adam_beta2: float = option(
@@ -144,7 +151,7 @@ class TrainingFlags:
         self._at_least("max_length", 2)
         self._at_least("save_total_limit", 2)  # the newest may be torn by a kill
         self._at_least("vocab_size", 257)
-        for name in ("learning_rate", "num_train_epochs", "max_train_minutes"):
+        for name in ("learning_rate", "muon_learning_rate", "num_train_epochs", "max_train_minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} must be above 0, got {value}.")
@@ -186,6 +193,14 @@ class TrainingFlags:
         if self.bf16_weights and (self.bf16 or self.mode == "adapter"):
             raise ValueError(
                 "--bf16_weights does not go with --bf16, which it replaces, nor with --mode adapter, whose base stays as it is."
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"--optimizer {self.optimizer} is unknown; choose one of {', '.join(OPTIMIZERS)}."
+            )
+        if self.optimizer == "muon" and self.mode == "adapter":
+            raise ValueError(
+                "--optimizer muon trains the layers' matrices, which --mode adapter leaves as they are."
             )
         if self.mode != "adapter" and (self.adapter_targets != "own" or self.targets_dir is not None):
             raise ValueError("--adapter_targets and --targets_dir belong to --mode adapter.")

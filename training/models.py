@@ -65,7 +65,7 @@ def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> An
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from huggingface.transformers.models.spec_stream import stream_config_from, supported_architectures
-    from training.query_scale import shrink_queries
+    from training.fresh_weights import shrink_queries, start_as_identity
 
     fields = dict(file.architecture)
     kind = fields.pop("model_type")
@@ -78,6 +78,7 @@ def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> An
     config = stream_config_from(stock, **wanted_fields(flags, file.stream_fields, stock.num_hidden_layers))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=flags.attn_implementation)
     shrink_queries(model)
+    start_as_identity(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""AdamW for a model whose weights are bfloat16: it keeps float32 copies and updates those.
+"""The optimiser of a model whose weights are bfloat16: it keeps float32 copies and updates those.
 
 Autocast keeps float32 weights in the model and converts weights and states in front of every product, which at these sizes is a
 third of all kernels. Here one conversion a step takes their place. The update itself must stay in float32: bfloat16 has 8 bits,
@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.muon import MuonAdamW
+
 MASTER_KEY = "master_weights"
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 copies of the weights; the weights themselves become bfloat16.
+class MasterAdamW(MuonAdamW):
+    """AdamW, with Muon for groups that ask for it, on float32 copies of the weights; the weights themselves become bfloat16.
 
     Args:
-        groups: parameter groups of float32 weights, as `torch.optim.AdamW.param_groups` holds them; converted in place.
+        groups: parameter groups of float32 weights, as `torch.optim.Optimizer.param_groups` holds them; converted in place.
     """
 
     def __init__(self, groups: list[dict[str, Any]]):

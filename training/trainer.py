@@ -19,9 +19,10 @@ from training.arguments import TrainingFlags
 from training.batches import Collator
 from training.checkpoints import last_complete, mark_complete
 from training.errors import DivergedError
+from training.fresh_weights import slow_queries
+from training.muon import MuonAdamW, muon_groups
 from training.objective import StreamObjective
 from training.optimiser import MasterAdamW
-from training.query_scale import slow_queries
 from training.ranks import NO_TOKEN, stream_ranks
 from training.sampling import LengthGroupedSampler, RowBudgetSampler, WeightedDraw
 from training.schedule import CosineSchedule, TimeLimit
@@ -133,13 +134,18 @@ class StreamTrainer(Trainer):
         return RowBudgetSampler(draw, examples.lengths, anchors, stream_cost, self.flags.batch_rows, devices)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Returns upstream's AdamW, for a new model with its queries' own pace; with `--bf16_weights` on float32 copies."""
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if fresh and self.flags.mode == "scratch":
-            optimizer.param_groups[:] = slow_queries(optimizer.param_groups, self.objective.model)
-        if fresh and self.flags.bf16_weights:
-            self.optimizer = self.masters = MasterAdamW(optimizer.param_groups)
+        """Returns AdamW, with Muon if asked; a new model's queries get their own pace, bfloat16 weights float32 copies."""
+        if self.optimizer is not None:
+            return self.optimizer
+        groups = super().create_optimizer(model).param_groups
+        if self.flags.optimizer == "muon":
+            groups = muon_groups(groups, self.objective.model, self.flags.muon_learning_rate)
+        if self.flags.mode == "scratch":
+            groups = slow_queries(groups, self.objective.model)
+        if self.flags.bf16_weights:
+            self.optimizer = self.masters = MasterAdamW(groups)
+        else:
+            self.optimizer = MuonAdamW(groups)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

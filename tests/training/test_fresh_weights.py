@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.query_scale import query_weights, shrink_queries, slow_queries
+from training.fresh_weights import query_weights, shrink_queries, slow_queries
 
 HEAD = 16
 

@@ -1,8 +1,11 @@
-"""Training of models whose attention does not scale its scores, as if it did.
+"""What new weights need, beyond upstream's initialisation, for deep models to learn quickly.
 
-GPT-Neo leaves out the factor head_size ** -0.5, so its scores start that much larger and move that much faster; large models
-then learn slowly or diverge at learning rates that suit others. The factor can be put into the query projections instead: weights
-drawn that much smaller, and a learning rate that much smaller for them, follow step by step what a model that scales would do.
+Layers start as the identity, so that a deep model starts as a shallow one; after many random layers little of a token is left.
+
+Models whose attention does not scale its scores are trained as if it did. GPT-Neo leaves out the factor head_size ** -0.5, so its
+scores start that much larger and move that much faster; large models then learn slowly or diverge at learning rates that suit
+others. The factor can be put into the query projections instead: weights drawn that much smaller, and a learning rate that much
+smaller for them, follow step by step what a model that scales would do.
 """
 
 from __future__ import annotations
@@ -24,6 +27,14 @@ def query_weights(model: Any) -> list[nn.Parameter]:
         return []
     name = model.layer_names.projections[0]
     return [weight for layer in model.decoder_layers() for weight in layer.get_submodule(name).parameters()]
+
+
+@torch.no_grad()
+def start_as_identity(model: Any) -> None:
+    """Zeroes the products with which a new model's layers add to the residual stream: a deep model starts as a shallow one."""
+    for layer in model.decoder_layers() if model.layer_names is not None else ():
+        for name in (model.layer_names.output, model.layer_names.contract):
+            layer.get_submodule(name).weight.zero_()
 
 
 @torch.no_grad()
