@@ -99,9 +99,9 @@ class MuonAdamW(torch.optim.AdamW):
         first = dist.get_rank() * share
         mine = [ahead[min(place, len(ahead) - 1)] for place in range(first, first + share)]
         done = orthogonal(torch.stack(mine))
-        together = done.new_empty(processes * share, *done.shape[1:])
-        dist.all_gather_into_tensor(together, done)
-        return together[: len(ahead)]
+        shares = [torch.empty_like(done) for _ in range(processes)]
+        dist.all_gather(shares, done)
+        return torch.cat(shares)[: len(ahead)]
 
     def _momentum(self, weight: nn.Parameter) -> torch.Tensor:
         state = self.state[weight]

@@ -22,7 +22,7 @@ from ...integrations import fused_norm
 from ...integrations.fused_norm import add_norm
 from ...integrations.packed_linear import PackedLinear
 from ...integrations.rotary import apply_rotary_
-from ...integrations.skinny_linear import LARGEST_ROWS, finish, linear
+from ...integrations.skinny_linear import finish, linear, runs_here
 from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
 
 ACTIVATIONS = {
@@ -242,7 +242,6 @@ class FusedLayers:
         """
         rotary = self.model.rotary(hidden, positions)
         streams = hidden.shape[1] - rows.nodes
-        few = hidden.shape[0] * hidden.shape[1] <= LARGEST_ROWS
         for index in indices:
             layer, slots = self.layers[index], cache.layers[index]
             rows_in, hidden, norm = _enter(hidden, update, layer.norm)
@@ -254,12 +253,12 @@ class FusedLayers:
                 projected, slots.keys, slots.values, lengths, rows, self.scaling, layer.window, workspace
             )
             # Few rows: the product adds the residual. Many: the library's product cannot, the next norm does.
-            hidden, update = self._add(layer.output, attended, hidden, streams, few)
+            hidden, update = self._add(layer.output, attended, hidden, streams)
             rows_in, hidden, norm = _enter(hidden, update, layer.mlp_norm)
             inner = layer.expand.apply(
                 rows_in, streams, activation=self.activation, gated=self.gated, norm=norm
             )
-            hidden, update = self._add(layer.contract, inner, hidden, streams, few)
+            hidden, update = self._add(layer.contract, inner, hidden, streams)
         return hidden, update
 
     @staticmethod
@@ -270,8 +269,8 @@ class FusedLayers:
 
     @staticmethod
     def _add(
-        product: _Product, rows: torch.Tensor, hidden: torch.Tensor, streams: int, few: bool
+        product: _Product, rows: torch.Tensor, hidden: torch.Tensor, streams: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if few:
+        if runs_here(rows.shape[0] * rows.shape[1], rows.shape[-1]):
             return product.apply(rows, streams, residual=hidden), None
         return hidden, product.apply(rows, streams)

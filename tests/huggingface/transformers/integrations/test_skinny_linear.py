@@ -13,7 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from huggingface.transformers.integrations import skinny_linear
 from huggingface.transformers.integrations.skinny_linear import (
-    LARGEST_ROWS,
+    ROW_BLOCK,
+    SMALL_INPUTS,
+    SMALL_ROWS,
     choose_tiles,
     linear,
     linear_reference,
@@ -106,7 +108,7 @@ def test_any_number_of_rows(rows, columns, inner):
 @pytest.mark.parametrize("activation", [None, "gelu_tanh", "silu"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("rows", [1, 3, LARGEST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, 2 * ROW_BLOCK + 1])
 def test_every_epilogue(rows, splits, gated, activation, tiles_of):
     tiles_of(16, 16, splits)
     for bias in (False,) if gated else (False, True):
@@ -122,7 +124,7 @@ def test_every_epilogue(rows, splits, gated, activation, tiles_of):
 def test_the_inner_dimension_is_divided(columns, inner, gated, splits, tiles_of):
     """Multiples of the tiles, sizes next to them, and parts that are empty."""
     tiles_of(16, 16, splits)
-    given = arguments(4, columns, inner, gated, residual=True)
+    given = arguments(4 if splits < 8 else ROW_BLOCK + 4, columns, inner, gated, residual=True)
     first = check_loss(given, activation="silu", gated=gated)
     assert torch.equal(first, check_loss(given, activation="silu", gated=gated))
     assert not skinny_linear._arrivals(DEVICE).any()
@@ -182,19 +184,22 @@ def launches(monkeypatch) -> list[str]:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "rows, dtype, expected",
+    "rows, inner, dtype, expected",
     [
-        (1, torch.float16, ["gemv"]),
-        (2, torch.float16, ["_launch"]),
-        (LARGEST_ROWS, torch.float16, ["_launch"]),
-        (LARGEST_ROWS + 1, torch.float16, []),
-        (1, torch.float32, []),
-        (2, torch.float64, []),
+        (1, 16, torch.float16, ["gemv"]),
+        (2, 16, torch.float16, ["_launch"]),
+        (ROW_BLOCK, SMALL_INPUTS + 4, torch.float16, ["_launch"]),
+        (ROW_BLOCK + 1, SMALL_INPUTS + 4, torch.float16, []),
+        (ROW_BLOCK + 1, 16, torch.float16, ["_launch"]),
+        (SMALL_ROWS, 16, torch.float16, ["_launch"]),
+        (SMALL_ROWS + 1, 16, torch.float16, []),
+        (1, 16, torch.float32, []),
+        (2, 16, torch.float64, []),
     ],
 )
-def test_who_computes_what(rows, dtype, expected, monkeypatch):
+def test_who_computes_what(rows, inner, dtype, expected, monkeypatch):
     started = launches(monkeypatch)
-    given = cast(arguments(rows, 8, 16), dtype)
+    given = cast(arguments(rows, 8, inner), dtype)
     torch.testing.assert_close(linear(**given), linear_reference(**given), atol=2e-3, rtol=2e-3)
     assert started == expected
 
@@ -276,7 +281,7 @@ def test_all_tiles_compile_without_spills(rows, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2, 7, 16, 31, 32])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 31, 32, 160])
 def test_on_the_gpu_at_real_sizes(rows, dtype):
     for columns, inner, gated in SHAPES[:6] + SHAPES[-2:]:
         given = arguments(rows, columns, inner, gated, bias=not gated, residual=True, norm="rms")
