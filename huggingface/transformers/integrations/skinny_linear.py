@@ -36,8 +36,8 @@ from .triton_support import (
 ROW_BLOCK = 32
 """Rows that one program computes; more are divided among programs."""
 SMALL_INPUTS, SMALL_ROWS = 1024, 192
-"""Products of so few inputs run here for up to so many rows: a step of GPT-Neo-125M's shape with 160 stream rows is 3 % faster than
-with the vendor's library, which is as fast or faster for more inputs."""
+"""Products of so few inputs run here for up to so many rows: a step of GPT-Neo-125M's shape with 160 stream rows is 3 % faster
+than with the vendor's library, which is as fast or faster for more inputs."""
 ACTIVATIONS = {None: 0, "gelu_tanh": 1, "silu": 2}
 DTYPES = (torch.float16, torch.bfloat16)
 """Float32 stays with the vendor's library, whose products are as exact as the dtype."""
