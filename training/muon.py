@@ -98,7 +98,7 @@ class MuonAdamW(torch.optim.AdamW):
         share = -(-len(ahead) // processes)
         first = dist.get_rank() * share
         mine = [ahead[min(place, len(ahead) - 1)] for place in range(first, first + share)]
-        done = orthogonal(torch.stack(mine))
+        done = orthogonal(torch.stack(mine)).contiguous()
         shares = [torch.empty_like(done) for _ in range(processes)]
         dist.all_gather(shares, done)
         return torch.cat(shares)[: len(ahead)]

@@ -172,7 +172,7 @@ def gemv_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     at = tl.arange(0, BLOCK_INNER)
     weights = weight_ptr + column.to(tl.int64)[:, None] * inner
-    factors = weights + columns.to(tl.int64) * inner
+    factors = weight_ptr + (column + columns).to(tl.int64)[:, None] * inner
     inside = column < columns
     within = at < inner
     valid = inside[:, None] & within[None, :]

@@ -279,10 +279,11 @@ def _linear_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     cell_block = tl.program_id(2) * tl.num_programs(0) + tile
     start = split * STEPS * BLOCK_INNER
     weight_rows = weight_ptr + column.to(tl.int64)[:, None] * inner
+    factor_rows = weight_ptr + (column + columns).to(tl.int64)[:, None] * inner
     column_in = column[:, None] < columns
     row_in = row[None, :] < rows
     if PREFETCH > 0 and PDL:
-        LINES: tl.constexpr = PREFETCH * BLOCK_INNER // 64
+        LINES: tl.constexpr = (PREFETCH * BLOCK_INNER + 63) // 64
         # Clamped instead of masked: the instruction takes no mask.
         line = tl.minimum(start + tl.arange(0, LINES) * 64, inner - 1)
         inside = tl.minimum(column, columns - 1).to(tl.int64)
@@ -303,13 +304,10 @@ def _linear_kernel(  # noqa: C901 - one kernel; its branches are compile-time
             weight = tl.load(weight_rows + at[None, :], mask=column_in & (at[None, :] < inner), other=0.0)
         total = tl.dot(weight, value, total)
         if GATED:
-            second = columns.to(tl.int64) * inner
             if EVEN:
-                weight = tl.load(weight_rows + second + at[None, :], eviction_policy="evict_first")
+                weight = tl.load(factor_rows + at[None, :], eviction_policy="evict_first")
             else:
-                weight = tl.load(
-                    weight_rows + second + at[None, :], mask=column_in & (at[None, :] < inner), other=0.0
-                )
+                weight = tl.load(factor_rows + at[None, :], mask=column_in & (at[None, :] < inner), other=0.0)
             gate = tl.dot(weight, value, gate)
     complete = True
     if SPLITS > 1:

@@ -59,6 +59,8 @@ def _entry(place: str, kernel: str, names: list[str], launch: dict[str, Any]) ->
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = KINDS[value.dtype]
+        elif isinstance(value, int) and value == 1:
+            constants[name] = value  # Triton makes a constant of it
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
             # As Triton sees it at a launch.

@@ -142,6 +142,11 @@ def check_compiled(monkeypatch, shapes, kinds, capabilities) -> None:
         assert all(usage.fits for usage in usages), (kernel, usages)
 
 
+def test_a_single_output_compiles(monkeypatch):
+    """Triton makes a constant of an argument that is 1, and constants lack what numbers have."""
+    check_compiled(monkeypatch, [(1, 1, False), (1, 40, True)], (torch.bfloat16,), (80, 90))
+
+
 def test_the_largest_blocks_compile_without_spills(monkeypatch):
     check_compiled(
         monkeypatch,
