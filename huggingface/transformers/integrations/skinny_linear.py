@@ -187,7 +187,7 @@ def _padded(rows: int) -> int:
 
 
 @lru_cache
-def _arrivals(device: torch.device) -> torch.Tensor:
+def arrivals(device: torch.device) -> torch.Tensor:
     """Returns the arrival counters of a device. Launches follow each other, and each leaves them at zero."""
     return torch.zeros(2**16, dtype=torch.int32, device=device)
 
@@ -211,7 +211,7 @@ def _launch(rows, weight, bias, activation, gated, residual, output) -> None:
         rows if residual is None else residual,
         output,
         partials,
-        _arrivals(rows.device),
+        arrivals(rows.device),
         count,
         columns,
         inner,

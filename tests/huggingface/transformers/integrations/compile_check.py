@@ -81,7 +81,8 @@ def compile_kernels(kernels: list[tuple], capabilities: tuple[int, ...] = (80, 8
         pytest.skip(f"registers and shared memory were checked with Triton {TRIED_TRITON}x alone")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps([kernels, capabilities])],
+        [sys.executable, __file__],
+        input=json.dumps([kernels, capabilities]),
         capture_output=True,
         text=True,
         env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -130,6 +131,6 @@ def _resources(binary: bytes) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    kernels, capabilities = json.loads(sys.argv[1])
+    kernels, capabilities = json.load(sys.stdin)
     usages = [[asdict(_compile(capability, *kernel)) for capability in capabilities] for kernel in kernels]
     sys.stdout.write(json.dumps(usages) + "\n")

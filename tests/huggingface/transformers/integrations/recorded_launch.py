@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-KINDS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+KINDS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
+    torch.uint8: "*u8",
+}  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "PDL")
 
 

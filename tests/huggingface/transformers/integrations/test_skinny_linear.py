@@ -127,7 +127,7 @@ def test_the_inner_dimension_is_divided(columns, inner, gated, splits, tiles_of)
     given = arguments(4 if splits < 8 else ROW_BLOCK + 4, columns, inner, gated, residual=True)
     first = check_loss(given, activation="silu", gated=gated)
     assert torch.equal(first, check_loss(given, activation="silu", gated=gated))
-    assert not skinny_linear._arrivals(DEVICE).any()
+    assert not skinny_linear.arrivals(DEVICE).any()
 
 
 @needs_kernels
@@ -136,7 +136,7 @@ def test_one_product_after_another_finds_the_counters_at_zero(tiles_of):
     for columns, inner, splits in ((50, 64, 4), (16, 200, 2), (90, 70, 3)):
         tiles_of(16, 16, splits)
         check_loss(arguments(7, columns, inner))
-        assert not skinny_linear._arrivals(DEVICE).any()
+        assert not skinny_linear.arrivals(DEVICE).any()
 
 
 @needs_kernels
@@ -294,4 +294,4 @@ def test_on_the_gpu_at_real_sizes(rows, dtype):
         activation = "silu" if gated else "gelu_tanh"
         first = check_loss(given, dtype, activation=activation, gated=gated)
         assert torch.equal(first, check_loss(given, dtype, activation=activation, gated=gated))
-        assert not skinny_linear._arrivals(DEVICE).any()
+        assert not skinny_linear.arrivals(DEVICE).any()

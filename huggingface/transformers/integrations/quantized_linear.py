@@ -1,0 +1,252 @@
+"""Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
+
+Two kernels (`quantized_linear_kernels.py`): one row, and two to :data:`MANY_ROWS`. Above that, as in a prompt, reading the weights is
+no longer what a product costs; they are turned into the inputs' dtype and the vendor's library multiplies. The same happens on a
+CPU and in float32, where the kernels would gain nothing, except that torch's own product of 8-bit weights is used where it is
+faster: one row in bfloat16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..quantizers.packing import WeightFormat, dequantize, quantize
+from .fused_norm import add_norm
+from .quantized_linear_kernels import quantized_row_kernel, quantized_rows_kernel
+from .skinny_linear import ACTIVATIONS, DTYPES, arrivals, finish
+from .triton_support import overlaps_launches, triton, unavailable
+
+MANY_ROWS = 64
+"""Rows above which the weights are read back and the vendor's library multiplies."""
+BYTES_RUN = 128
+"""Inputs that the kernels take together at 8 bits."""
+PROGRAMS = 132
+"""Multiprocessors of an H200: fewer programs than that and the runs are divided."""
+MOST_SPLITS = 8
+ROW_COLUMNS, ROW_BYTES = 8, 1024
+"""Outputs of a program at one row, and bytes of each that it reads at a time."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A stored weight and how to read it.
+
+    Attributes:
+        kind: its format.
+        inner: inputs, the filling of the last run left out.
+        weight: packed integers, (out, in) int8 or (out, bytes) uint8.
+        scale: (out, groups) floating point.
+        zero: (out, groups) uint8 where the format has zero points.
+    """
+
+    kind: WeightFormat
+    inner: int
+    weight: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, kind: WeightFormat) -> QuantizedWeight:
+        """Returns a (out, in) floating-point weight in a format. Raises ValueError as `packing.quantize` does."""
+        stored = quantize(weight, kind)
+        return cls(
+            kind, weight.shape[1], stored["weight"], stored["weight_scale"], stored.get("weight_zero")
+        )
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs."""
+        return len(self.weight)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the stored tensors by the names that checkpoints give them."""
+        tensors = {"weight": self.weight, "weight_scale": self.scale}
+        return tensors | ({} if self.zero is None else {"weight_zero": self.zero})
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the (out, in) weight in a floating-point dtype."""
+        return dequantize(self.tensors(), self.kind, self.inner, dtype)
+
+    def side_by_side(self, others: list[QuantizedWeight]) -> QuantizedWeight:
+        """Returns one weight with the outputs of this and others, all of one format and of the same inputs."""
+        together = [self, *others]
+        zeros = [one.zero for one in together if one.zero is not None]
+        return replace(
+            self,
+            weight=torch.cat([one.weight for one in together]),
+            scale=torch.cat([one.scale for one in together]),
+            zero=torch.cat(zeros) if zeros else None,
+        )
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is stored in 8 or 4 bits; the bias stays as it was.
+
+    Parameters are named as checkpoints hold them: `weight`, `weight_scale`, `weight_zero`, `bias`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, kind: WeightFormat, dtype: torch.dtype
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        for name, shape in kind.shapes(out_features, in_features).items():
+            stored = torch.zeros(shape, dtype=kind.dtypes[name])
+            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """The stored weight."""
+        zero = self.weight_zero if self.kind.zero_point else None
+        return QuantizedWeight(self.kind, self.in_features, self.weight, self.weight_scale, zero)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns (..., out) from (..., in)."""
+        return quantized_linear(input, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.kind}"
+
+
+def quantized_linear_reference(
+    rows: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    norm: nn.Module | None = None,
+) -> torch.Tensor:
+    """Returns what :func:`quantized_linear` returns, by plain operations on the weight read back."""
+    rows = rows if norm is None else norm(rows)
+    return finish(F.linear(rows, weight.dense(rows.dtype), bias), activation, gated, residual)
+
+
+def quantized_linear(
+    rows: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    norm: nn.Module | None = None,
+) -> torch.Tensor:
+    """Returns `activation(norm(rows) @ weight.T + bias) + residual`; arguments as those of `skinny_linear.linear`.
+
+    Raises:
+        ValueError: an unknown activation, or a gated product with a bias.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; use one of {list(ACTIVATIONS)}.")
+    if gated and bias is not None:
+        raise ValueError("a gated product takes no bias.")
+    count = rows.numel() // rows.shape[-1]
+    if rows.dtype not in DTYPES or unavailable(rows.device) is not None:
+        rows = rows if norm is None else norm(rows)
+        return finish(_plain_product(rows, weight, bias), activation, gated, residual)
+    if norm is not None:
+        rows, _ = add_norm(rows, None, norm)
+    if count > MANY_ROWS:
+        return quantized_linear_reference(rows, weight, bias, activation, gated, residual)
+    output = rows.new_empty(*rows.shape[:-1], weight.outputs // (2 if gated else 1))
+    launch = _launch_row if count == 1 else _launch_rows
+    launch(rows.contiguous(), weight, bias, ACTIVATIONS[activation], gated, residual, output)
+    return output
+
+
+def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    one = rows.numel() == rows.shape[-1]
+    if weight.kind.bits == 8 and one and rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
+        flat = rows.reshape(1, -1)
+        product = torch._weight_int8pack_mm(flat, weight.weight, weight.scale[:, 0].to(rows.dtype))
+        product = product.view(*rows.shape[:-1], -1)
+        return product if bias is None else product + bias
+    return F.linear(rows, weight.dense(rows.dtype), bias)
+
+
+def _sizes(weight: QuantizedWeight) -> dict[str, int]:
+    """Returns how the kernels walk a weight: inputs and bytes of a run, runs of a row, and scales of an output."""
+    kind = weight.kind
+    run = BYTES_RUN if kind.bits == 8 else kind.run
+    return {
+        "run": run,
+        "bytes": run if kind.bits == 8 else run // 2,
+        "runs": -(-weight.inner // run),
+        "groups": weight.scale.shape[1],
+    }
+
+
+def _shared(weight: QuantizedWeight, sizes, bias, activation: int, gated: bool, residual) -> dict[str, object]:
+    """Returns the launch options that both kernels take."""
+    pdl = overlaps_launches(weight.weight.device)
+    options = {
+        "RUN": sizes["run"], "BYTES": sizes["bytes"], "BITS": weight.kind.bits, "ZERO": weight.kind.zero_point,
+        "GROUPED": weight.kind.group_size is not None, "ACTIVATION": activation, "GATED": gated,
+        "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "PDL": pdl,
+    }  # fmt: skip
+    return options | ({"launch_pdl": True} if pdl else {})
+
+
+def _pointers(rows, weight: QuantizedWeight, bias, residual, output) -> tuple[torch.Tensor, ...]:
+    zero = weight.weight if weight.zero is None else weight.zero
+    bias, residual = (rows if one is None else one for one in (bias, residual))
+    return rows, weight.weight, weight.scale, zero, bias, residual, output
+
+
+def _launch_row(rows, weight: QuantizedWeight, bias, activation, gated, residual, output) -> None:
+    sizes, columns = _sizes(weight), output.shape[-1]
+    block_runs = max(1, min(ROW_BYTES // sizes["bytes"], triton.next_power_of_2(sizes["runs"])))
+    quantized_row_kernel[(triton.cdiv(columns, ROW_COLUMNS),)](
+        *_pointers(rows, weight, bias, residual, output),
+        columns,
+        weight.inner,
+        sizes["runs"],
+        sizes["groups"],
+        BLOCK_COLUMNS=ROW_COLUMNS,
+        BLOCK_RUNS=block_runs,
+        CHUNKS=triton.cdiv(sizes["runs"], block_runs),
+        num_warps=4,
+        **_shared(weight, sizes, bias, activation, gated, residual),
+    )
+
+
+def choose_tile(rows: int, columns: int, runs: int) -> tuple[int, int, int]:
+    """Returns rows and outputs of a program's tile, and among how many programs its runs are divided."""
+    block_rows = min(64, max(16, triton.next_power_of_2(rows)))
+    tiles = triton.cdiv(columns, 64) * triton.cdiv(rows, block_rows)
+    splits = 1
+    while tiles * splits < PROGRAMS and splits < MOST_SPLITS and 2 * splits <= runs:
+        splits *= 2
+    return block_rows, 64, splits
+
+
+def _launch_rows(rows, weight: QuantizedWeight, bias, activation, gated, residual, output) -> None:
+    sizes, columns = _sizes(weight), output.shape[-1]
+    count = rows.numel() // weight.inner
+    block_rows, block_columns, splits = choose_tile(count, columns, sizes["runs"])
+    grid = (triton.cdiv(columns, block_columns), splits, triton.cdiv(count, block_rows))
+    partials = rows
+    if splits > 1:
+        cells = grid[0] * grid[1] * grid[2] * block_rows * block_columns * (2 if gated else 1)
+        partials = torch.empty(cells, dtype=torch.float32, device=rows.device)
+    quantized_rows_kernel[grid](
+        *_pointers(rows, weight, bias, residual, output),
+        partials,
+        arrivals(rows.device),
+        count,
+        columns,
+        weight.inner,
+        sizes["runs"],
+        sizes["groups"],
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        SPLITS=splits,
+        num_warps=8 if block_rows == 64 else 4,  # four spill in a gated product
+        num_stages=3,
+        **_shared(weight, sizes, bias, activation, gated, residual),
+    )

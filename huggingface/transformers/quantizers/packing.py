@@ -1,0 +1,147 @@
+"""Weights as small integers: how they are rounded, packed and read back.
+
+8 bits: one scale an output, `w = q * scale` with q in -127 .. 127. 4 bits: one scale an output, or one for each group of consecutive
+inputs, without a zero point (`w = (q - 8) * scale`) or with one (`w = (q - zero) * scale`); q in 0 .. 15.
+
+Two 4-bit numbers share a byte. They are not neighbours: a run of inputs (a group, or 128 of them where an output has one scale) is
+cut into halves, the first in the low nibbles, the second in the high ones, in order. So a kernel reads both halves of the inputs
+as consecutive elements and never interleaves. An output's last run is filled up with weights of zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+GROUP_SIZES = (32, 64, 128)
+WHOLE_RUN = 128
+"""Inputs that share bytes where an output has a single scale."""
+LARGEST_INT8, LARGEST_INT4, MIDDLE_INT4 = 127, 7, 8
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are stored.
+
+    Attributes:
+        bits: 8 or 4.
+        group_size: inputs that share a scale; `None` for one scale an output, the only choice at 8 bits.
+        zero_point: whether a group's numbers start at its least weight instead of being centred at zero.
+    """
+
+    bits: int
+    group_size: int | None = None
+    zero_point: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"weights are packed in 4 or 8 bits, not {self.bits}.")
+        if self.group_size is not None and (self.bits == 8 or self.group_size not in GROUP_SIZES):
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(
+                f"group size {self.group_size} with {self.bits} bits: groups go with 4 bits and hold {sizes} inputs."
+            )
+        if self.zero_point and self.group_size is None:
+            raise ValueError("a zero point goes with groups; give a group size.")
+
+    @property
+    def run(self) -> int:
+        """Inputs that are packed together."""
+        return 1 if self.bits == 8 else self.group_size or WHOLE_RUN
+
+    def runs(self, inner: int) -> int:
+        """Returns the number of runs of `inner` inputs, the last one filled up."""
+        return -(-inner // self.run)
+
+    def shapes(self, outputs: int, inner: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of `weight`, `weight_scale` and, with zero points, `weight_zero`."""
+        if self.bits == 8:
+            return {"weight": (outputs, inner), "weight_scale": (outputs, 1)}
+        runs = self.runs(inner)
+        groups = runs if self.group_size else 1
+        shapes = {"weight": (outputs, runs * self.run // 2), "weight_scale": (outputs, groups)}
+        return shapes | ({"weight_zero": (outputs, groups)} if self.zero_point else {})
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtypes of the stored tensors: group scales are as many as a group's weights are few, so they take two bytes."""
+        scale = torch.float16 if self.group_size else torch.float32
+        weight = torch.int8 if self.bits == 8 else torch.uint8
+        return {"weight": weight, "weight_scale": scale, "weight_zero": torch.uint8}
+
+
+def quantize(weight: torch.Tensor, kind: WeightFormat) -> dict[str, torch.Tensor]:
+    """Returns a weight's stored tensors, with the shapes and dtypes that the format names.
+
+    Args:
+        weight: (out, in) floating point.
+        kind: how to store it.
+
+    Raises:
+        ValueError: a weight that is not finite, or too large for its scale's dtype.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinite numbers; restore the checkpoint.")
+    outputs, inner = weight.shape
+    values = weight.float()
+    if kind.bits == 8:
+        scale = values.abs().amax(1, keepdim=True) / LARGEST_INT8
+        numbers = _divided(values, scale).round_().to(torch.int8)
+        return {"weight": numbers, "weight_scale": scale}
+    runs = kind.runs(inner)
+    values = torch.nn.functional.pad(values, (0, runs * kind.run - inner))
+    groups = values.view(outputs, runs if kind.group_size else 1, -1)
+    lowest, highest = groups.amin(2), groups.amax(2)
+    if kind.zero_point:
+        lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)  # zero stays a weight: the filling is
+        scale = (highest - lowest) / 15
+    else:
+        scale = torch.maximum(-lowest, highest) / LARGEST_INT4
+    stored = scale.to(kind.dtypes["weight_scale"])
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"a weight of {float(weight.abs().max()):.3g} is too large for scales in float16.")
+    scale = stored.float()  # rounded with the scale that will be read
+    zero = torch.full_like(scale, MIDDLE_INT4)
+    if kind.zero_point:
+        zero = _divided(-lowest, scale).round_().clamp_(0, 15)
+    least = 0 if kind.zero_point else MIDDLE_INT4 - LARGEST_INT4
+    numbers = _divided(groups, scale[..., None]).add_(zero[..., None]).round_().clamp_(least, 15)
+    tensors = {"weight": pack(numbers.view(outputs, -1), kind.run), "weight_scale": stored}
+    return tensors | ({"weight_zero": zero.to(torch.uint8)} if kind.zero_point else {})
+
+
+def _divided(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns values / scale; zero where the scale is, as it is where all weights are zero."""
+    return torch.where(scale > 0, values / scale.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+
+
+def dequantize(
+    tensors: dict[str, torch.Tensor], kind: WeightFormat, inner: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns the (out, inner) weight that stored tensors stand for, in a dtype.
+
+    The arithmetic is in float32; half precision rounds once, at the end.
+    """
+    scale = tensors["weight_scale"].float()
+    if kind.bits == 8:
+        return (tensors["weight"].float() * scale).to(dtype)
+    numbers = unpack(tensors["weight"], kind.run)[:, :inner].float()
+    zero = tensors["weight_zero"].float() if kind.zero_point else torch.full_like(scale, MIDDLE_INT4)
+    if kind.group_size:
+        scale, zero = (
+            part.repeat_interleave(kind.group_size, dim=1)[:, :inner].contiguous() for part in (scale, zero)
+        )
+    return ((numbers - zero) * scale).to(dtype)
+
+
+def pack(numbers: torch.Tensor, run: int) -> torch.Tensor:
+    """Returns (out, in / 2) bytes of (out, in) numbers from 0 to 15; `run` divides the inputs."""
+    halves = numbers.to(torch.uint8).view(len(numbers), -1, 2, run // 2)
+    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(len(numbers), -1)
+
+
+def unpack(packed: torch.Tensor, run: int) -> torch.Tensor:
+    """Returns what :func:`pack` packed: (out, in) uint8 from (out, in / 2)."""
+    halves = packed.view(len(packed), -1, run // 2)
+    return torch.stack([halves & 15, halves >> 4], dim=2).reshape(len(packed), -1)

@@ -1,0 +1,252 @@
+"""Products with packed weights equal products with the weights read back, whatever the format, the sizes and the epilogue."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from huggingface.transformers.integrations import quantized_linear as module
+from huggingface.transformers.integrations.quantized_linear import (
+    MANY_ROWS,
+    QuantizedLinear,
+    QuantizedWeight,
+    quantized_linear,
+    quantized_linear_reference,
+)
+from huggingface.transformers.integrations.skinny_linear import arrivals
+from huggingface.transformers.integrations.triton_support import unavailable
+from huggingface.transformers.quantizers.packing import WeightFormat
+
+from . import compile_check
+from .recorded_launch import recorded
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_kernels = pytest.mark.skipif(unavailable(DEVICE) is not None, reason="no Triton")
+MODULE = "huggingface.transformers.integrations.quantized_linear"
+INT8, NAIVE = WeightFormat(8), WeightFormat(4)
+GROUPS = [WeightFormat(4, size, zero) for size in (32, 64, 128) for zero in (False, True)]
+FORMATS = [INT8, NAIVE, *GROUPS]
+FEW = [INT8, NAIVE, WeightFormat(4, 32, True), WeightFormat(4, 128)]
+REAL = [(4096, 4096, False), (6144, 4096, False), (14336, 4096, True), (4096, 14336, False), (5120, 3072, False)]
+"""Outputs, inputs and whether gated, of Mistral-7B's products and Llama-3.2-3B's query, key and value."""
+
+
+def arguments(rows, columns, inner, kind, gated=False, bias=False, residual=False, norm=None):
+    """Returns the arguments of a product in float32; weights of a size that keeps outputs near 1."""
+    torch.manual_seed(rows + inner)
+    weight = torch.randn(columns * (2 if gated else 1), inner) * inner**-0.5
+    layer = {"layer": nn.LayerNorm, "rms": LlamaRMSNorm}[norm](inner) if norm else None
+    return {
+        "rows": torch.randn(1, rows, inner),
+        "weight": QuantizedWeight.of(weight, kind),
+        "bias": torch.randn(columns) if bias else None,
+        "residual": torch.randn(1, rows, columns) if residual else None,
+        "norm": layer,
+    }
+
+
+def cast(given: dict, dtype: torch.dtype) -> dict:
+    """Returns the arguments on the device, all but the packed weight in another dtype."""
+    weight = given["weight"]
+    tensors = {name: tensor.to(DEVICE) for name, tensor in weight.tensors().items()}
+    moved = QuantizedWeight(
+        weight.kind, weight.inner, tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero")
+    )
+    rest = {name: value for name, value in given.items() if name != "weight"}
+    others = {n: v if v is None else copy.deepcopy(v).to(DEVICE, dtype) for n, v in rest.items()}
+    return others | {"weight": moved}
+
+
+@torch.no_grad()
+def check_loss(given: dict, dtype=torch.float16, **options) -> torch.Tensor:
+    """Asserts that the product loses at most twice what plain operations of the dtype lose against float32; returns it."""
+    rounded = cast(given, dtype)
+    got = quantized_linear(**rounded, **options)
+    plain = quantized_linear_reference(**rounded, **options)
+    exact = quantized_linear_reference(**cast(rounded, torch.float32), **options)
+    assert got.dtype == dtype
+    assert got.shape == exact.shape
+    loss = float((plain.float() - exact).abs().max())
+    rounding = torch.finfo(dtype).eps / 2 * float(exact.abs().max())
+    assert float((got.float() - exact).abs().max()) <= 2 * loss + 2 * rounding
+    return got
+
+
+def started(monkeypatch) -> list[str]:
+    """Returns a list that gains the name of every launch."""
+    names: list[str] = []
+    for name in ("_launch_row", "_launch_rows"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, o=original, n=name: names.append(n) or o(*args))
+    return names
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("columns, inner", [(5, 32), (16, 128), (33, 100), (70, 300), (1, 1)])
+@pytest.mark.parametrize("kind", FORMATS, ids=str)
+def test_any_size(kind, columns, inner, rows, monkeypatch):
+    names = started(monkeypatch)
+    check_loss(arguments(rows, columns, inner, kind))
+    assert names == ["_launch_row" if rows == 1 else "_launch_rows"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "silu"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", FEW, ids=str)
+def test_every_epilogue(kind, gated, activation, rows):
+    for bias, residual in itertools.product((False,) if gated else (False, True), (False, True)):
+        given = arguments(rows, 21, 160, kind, gated, bias, residual)
+        check_loss(given, activation=activation, gated=gated)
+
+
+@needs_kernels
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_norm_in_front(rows, norm):
+    check_loss(arguments(rows, 20, 70, WeightFormat(4, 32), norm=norm, residual=True), activation="gelu_tanh")
+
+
+@needs_kernels
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_runs_are_divided(gated, splits, monkeypatch):
+    """Also into shares of different size, and empty ones; whoever comes last, the sum is the same."""
+    monkeypatch.setattr(module, "choose_tile", lambda *sizes: (16, 16, splits))
+    given = arguments(20, 40, 160, WeightFormat(4, 32), gated=gated)
+    first = check_loss(given, activation="silu", gated=gated)
+    assert torch.equal(first, check_loss(given, activation="silu", gated=gated))
+    assert not arrivals(DEVICE).any()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "rows, dtype, expected",
+    [
+        (MANY_ROWS, torch.float16, ["_launch_rows"]),
+        (MANY_ROWS + 1, torch.float16, []),
+        (1, torch.float32, []),
+        (2, torch.float64, []),
+    ],
+)
+def test_who_computes_what(rows, dtype, expected, monkeypatch):
+    names = started(monkeypatch)
+    given = cast(arguments(rows, 8, 64, INT8), dtype)
+    torch.testing.assert_close(
+        quantized_linear(**given), quantized_linear_reference(**given), atol=4e-3, rtol=4e-3
+    )
+    assert names == expected
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=str)
+def test_without_triton_the_weight_is_read_back(kind, monkeypatch):
+    monkeypatch.setattr(module, "unavailable", lambda device: "no Triton")
+    for dtype in (torch.float32, torch.float16):
+        given = cast(arguments(3, 8, 64, kind, bias=True), dtype)
+        assert torch.equal(quantized_linear(**given), quantized_linear_reference(**given))
+
+
+def test_torchs_own_product_of_one_row_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(module, "unavailable", lambda device: "no Triton")
+    given = cast(arguments(1, 24, 96, INT8, bias=True, residual=True), torch.bfloat16)
+    got = quantized_linear(**given)
+    torch.testing.assert_close(got, quantized_linear_reference(**given), atol=4e-2, rtol=4e-2)
+
+
+@needs_kernels
+def test_a_wrong_scale_shows():
+    """The comparisons above can fail."""
+    given = arguments(4, 16, 64, WeightFormat(4, 32))
+    scale = given["weight"].scale.clone()
+    scale[3, 1] *= 1.05
+    wrong = cast({**given, "weight": replace(given["weight"], scale=scale)}, torch.float16)
+    exact = quantized_linear_reference(**cast(given, torch.float32))
+    plain = quantized_linear_reference(**cast(given, torch.float16))
+    loss = (plain.float() - exact).abs().max()
+    assert (quantized_linear(**wrong).float() - exact).abs().max() > 2 * loss
+
+
+def test_weights_lie_side_by_side():
+    for kind in FORMATS:
+        parts = [torch.randn(outputs, 70) for outputs in (4, 6, 2)]
+        packed = [QuantizedWeight.of(part, kind) for part in parts]
+        together = packed[0].side_by_side(packed[1:])
+        assert together.outputs == 12
+        assert torch.equal(
+            together.dense(torch.float32), torch.cat([one.dense(torch.float32) for one in packed])
+        )
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"activation": "relu"}, "'relu' is unknown"), ({"gated": True}, "takes no bias")]
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        quantized_linear(**arguments(2, 8, 32, INT8, bias=True), **options)
+
+
+def test_the_module_holds_what_checkpoints_hold():
+    layer = QuantizedLinear(100, 6, True, WeightFormat(4, 32, True), torch.float16)
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "weight": (6, 64), "weight_scale": (6, 4), "weight_zero": (6, 4), "bias": (6,),
+    }  # fmt: skip
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def check_compiled(monkeypatch, shapes, rows, kinds, dtypes, capabilities) -> None:
+    """Compiles each distinct kernel of these products and asserts that it fits the card."""
+    pytest.importorskip("triton")
+    kernels: list[tuple] = []
+    for (columns, inner, gated), count, kind, dtype in itertools.product(shapes, rows, kinds, dtypes):
+
+        def call(columns=columns, inner=inner, gated=gated, count=count, kind=kind, dtype=dtype):
+            def empty(*sizes, of=dtype):
+                return torch.empty(sizes, dtype=of, device="meta")
+
+            outputs = columns * (1 + gated)
+            stored = {n: empty(*s, of=kind.dtypes[n]) for n, s in kind.shapes(outputs, inner).items()}
+            weight = QuantizedWeight(
+                kind, inner, stored["weight"], stored["weight_scale"], stored.get("weight_zero")
+            )
+            quantized_linear(
+                empty(1, count, inner), weight, None if gated else empty(columns), "silu" if gated else "gelu_tanh",
+                gated, empty(1, count, columns),
+            )  # fmt: skip
+
+        name = "quantized_row_kernel" if count == 1 else "quantized_rows_kernel"
+        found = recorded(monkeypatch, MODULE, name, call)
+        assert len(found) == 1
+        kernels += [entry for entry in found if entry not in kernels]
+    for kernel, usages in zip(kernels, compile_check.compile_kernels(kernels, capabilities), strict=True):
+        assert all(usage.fits for usage in usages), (kernel, usages)
+
+
+def test_kernels_compile_without_spills(monkeypatch):
+    shapes, kinds = [(4096, 4096, False), (14336, 4096, True)], [INT8, WeightFormat(4, 128)]
+    check_compiled(monkeypatch, shapes, (1, 33, 64), kinds, (torch.bfloat16,), (86, 90))
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_without_spills(monkeypatch):
+    dtypes = (torch.bfloat16, torch.float16)
+    check_compiled(monkeypatch, REAL, (1, 16, 33, 64), FORMATS, dtypes, (80, 86, 90))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize("kind", FORMATS, ids=str)
+def test_on_the_gpu_at_real_sizes(kind, rows, dtype):
+    for columns, inner, gated in REAL[:3]:
+        given = arguments(rows, columns, inner, kind, gated, bias=not gated, residual=True)
+        activation = "silu" if gated else "gelu_tanh"
+        first = check_loss(given, dtype, activation=activation, gated=gated)
+        assert torch.equal(first, check_loss(given, dtype, activation=activation, gated=gated))
