@@ -14,6 +14,8 @@ from models.answer import Generation, Limits, Scores
 from models.assisted import Assisted
 from models.flash import Flash
 from models.half import Half
+from models.int4 import Int4
+from models.int8 import Int8
 from models.kv_cache import KvCache
 from models.machine import Machine
 from models.naive import Naive
@@ -39,10 +41,22 @@ __all__ = [
 
 TECHNIQUES: dict[str, type[Technique]] = {
     technique.name: technique
-    for technique in (Naive, Half, Flash, NoCache, KvCache, Static, PromptLookup, Assisted, SpecStream)
+    for technique in (
+        Naive,
+        Half,
+        Flash,
+        NoCache,
+        KvCache,
+        Static,
+        Int8,
+        Int4,
+        PromptLookup,
+        Assisted,
+        SpecStream,
+    )
 }
 RESERVED = (
-    "int8", "int4", "bnb_int8", "bnb_nf4", "torchao_int4", "awq", "kv_int8", "kv_int4", "kv_prune_tensor",
+    "bnb_int8", "bnb_nf4", "torchao_int4", "awq", "kv_int8", "kv_int4", "kv_prune_tensor",
     "kv_prune_channel",
 )  # fmt: skip
 

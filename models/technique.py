@@ -40,7 +40,7 @@ class Recipe:
     Attributes:
         dtype: `float32`, `float16`, `bfloat16`, or `half` until resolved.
         attention: `default` (the upstream class's own), `eager`, `sdpa` or `flash`.
-        weights: how weights are stored, `plain`.
+        weights: how weights are stored: `plain`, `int8`, `int4-naive` or `int4-group128` and the like.
         kv: `dynamic` or `none` (stock decoder), `static` (engine).
         decoder: `stock` is upstream's generate, `engine` ours.
         drafts: who proposes tokens, `streams`, `prompt_lookup` or `assistant` (a small model); `None` for nobody.

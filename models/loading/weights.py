@@ -23,7 +23,9 @@ from huggingface.transformers.models.spec_stream import (
     supported_architectures,
 )
 from huggingface.transformers.models.spec_stream.configuration_spec_stream import StreamConfig, StreamFields
+from huggingface.transformers.quantizers.quantizer import quantize_model
 from models.loading.checkpoint import has_streams, main_weights
+from models.loading.packed import check_unquantized, packed_config
 from models.technique import Recipe
 
 STREAM_PREFIX = "streams."
@@ -53,6 +55,7 @@ def build_model(
     Raises:
         ValueError: the weights are incomplete or unreadable, or the architecture lacks what the recipe needs.
     """
+    check_unquantized(config, recipe.weights, checkpoint)
     make = _engine if recipe.decoder == "engine" else _stock
     with quiet(), readable(checkpoint):
         built = make(recipe, checkpoint, config, device, random_weights)
@@ -69,7 +72,8 @@ def _stock(
     choice = {} if attention is None else {"attn_implementation": attention}
     dtype = getattr(torch, str(recipe.dtype))
     if random_weights:
-        return BuiltModel(_random(model_class, plain, device, **choice).to(dtype), fallbacks)
+        model = _random(model_class, plain, device, **choice).to(dtype)
+        return BuiltModel(_packed(model, recipe), fallbacks)
     place = main_weights(checkpoint, config)
     model, found = model_class.from_pretrained(
         place,
@@ -78,6 +82,7 @@ def _stock(
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that check_keys can name them
+        **_quantization(recipe),
         **choice,
     )
     check_keys(found, place)
@@ -118,7 +123,7 @@ def _engine(
         )
     dtype, attention = getattr(torch, str(recipe.dtype)), recipe.attention
     if random_weights:
-        return BuiltModel(_random_engine(config, device, attention).to(dtype))
+        return BuiltModel(_packed(_random_engine(config, device, attention).to(dtype), recipe))
     # Its signature promises a model; with `output_loading_info` upstream's convention adds what was found.
     loaded: Any = load_streaming(
         checkpoint,
@@ -128,10 +133,23 @@ def _engine(
         output_loading_info=True,
         # So that check_keys can name them; of a base model's weights nothing is told, and the first one ends the loading.
         ignore_mismatched_sizes=main_weights(checkpoint, config) == checkpoint,
+        **_quantization(recipe),
     )
     model, found = loaded
     check_keys(found, checkpoint)
     return BuiltModel(model)
+
+
+def _quantization(recipe: Recipe) -> dict[str, Any]:
+    """Returns what `from_pretrained` is told of the recipe's weights; nothing where they stay as they are."""
+    wanted = packed_config(recipe.weights)
+    return {} if wanted is None else {"quantization_config": wanted}
+
+
+def _packed(model: Any, recipe: Recipe) -> Any:
+    """Returns a model that was not read from a checkpoint with its weights as the recipe wants them."""
+    wanted = packed_config(recipe.weights)
+    return model if wanted is None else quantize_model(model, wanted)
 
 
 def _random(model_class: Any, config: PreTrainedConfig, device: str, **choice: Any) -> Any:

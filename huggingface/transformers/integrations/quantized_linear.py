@@ -1,14 +1,15 @@
 """Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
 
-Two kernels (`quantized_linear_kernels.py`): one row, and two to :data:`MANY_ROWS`. Above that, as in a prompt, reading the weights is
-no longer what a product costs; they are turned into the inputs' dtype and the vendor's library multiplies. The same happens on a
-CPU and in float32, where the kernels would gain nothing, except that torch's own product of 8-bit weights is used where it is
+Two kernels (`quantized_linear_kernels.py`): one row, and two to :data:`MANY_ROWS`. Above that, as in a prompt, reading the weights
+is no longer what a product costs; they are turned into the inputs' dtype and the vendor's library multiplies. The same happens on
+a CPU and in float32, where the kernels would gain nothing, except that torch's own product of 8-bit weights is used where it is
 faster: one row in bfloat16.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,7 @@ class QuantizedWeight:
     def of(cls, weight: torch.Tensor, kind: WeightFormat) -> QuantizedWeight:
         """Returns a (out, in) floating-point weight in a format. Raises ValueError as `packing.quantize` does."""
         stored = quantize(weight, kind)
-        return cls(
-            kind, weight.shape[1], stored["weight"], stored["weight_scale"], stored.get("weight_zero")
-        )
+        return cls(kind, weight.shape[1], stored["weight"], stored["weight_scale"], stored.get("weight_zero"))
 
     @property
     def outputs(self) -> int:
@@ -94,16 +93,28 @@ class QuantizedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        self.transposed = False  # whether a checkpoint holds the weight as (in, out)
         for name, shape in kind.shapes(out_features, in_features).items():
             stored = torch.zeros(shape, dtype=kind.dtypes[name])
             self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        )
+
+    @property
+    def scale_names(self) -> list[str]:
+        """Names of the parameters that say what the integers mean."""
+        return [name for name in self.kind.shapes(1, 1) if name != "weight"]
+
+    def read(self, stored: dict[str, Any]) -> QuantizedWeight:
+        """Returns stored tensors, by parameter name, as a weight of this layer's format."""
+        weight, scale = stored["weight"], stored["weight_scale"]
+        return QuantizedWeight(self.kind, self.in_features, weight, scale, stored.get("weight_zero"))
 
     @property
     def packed(self) -> QuantizedWeight:
         """The stored weight."""
-        zero = self.weight_zero if self.kind.zero_point else None
-        return QuantizedWeight(self.kind, self.in_features, self.weight, self.weight_scale, zero)
+        return self.read({name: getattr(self, name) for name in ("weight", *self.scale_names)})
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns (..., out) from (..., in)."""
@@ -166,6 +177,10 @@ def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tens
         product = torch._weight_int8pack_mm(flat, weight.weight, weight.scale[:, 0].to(rows.dtype))
         product = product.view(*rows.shape[:-1], -1)
         return product if bias is None else product + bias
+    if weight.kind.bits == 8 and rows.dtype not in DTYPES:
+        # Scales are fewer than weights: they multiply the outputs.
+        product = F.linear(rows, weight.weight.to(rows.dtype)) * weight.scale[:, 0].to(rows.dtype)
+        return product if bias is None else product + bias
     return F.linear(rows, weight.dense(rows.dtype), bias)
 
 
@@ -181,7 +196,9 @@ def _sizes(weight: QuantizedWeight) -> dict[str, int]:
     }
 
 
-def _shared(weight: QuantizedWeight, sizes, bias, activation: int, gated: bool, residual) -> dict[str, object]:
+def _shared(
+    weight: QuantizedWeight, sizes, bias, activation: int, gated: bool, residual
+) -> dict[str, object]:
     """Returns the launch options that both kernels take."""
     pdl = overlaps_launches(weight.weight.device)
     options = {

@@ -3,8 +3,8 @@
 Weights are turned into numbers in registers, so memory is read at the packed size. Integers of 8 bits are exact in half
 precision, so a group's products are summed as integers times inputs and multiplied with the scale once.
 
-`packing.py` says how 4-bit weights lie: byte h of a run holds input h in its low half and input h + run / 2 in its high half. At 8
-bits a "run" is a stretch of consecutive inputs, a byte each.
+`packing.py` says how 4-bit weights lie: byte h of a run holds input h in its low half and input h + run / 2 in its high half.
+At 8 bits a "run" is a stretch of consecutive inputs, a byte each.
 """
 
 from __future__ import annotations
@@ -62,7 +62,15 @@ def _row_sum(
                 weight_ptr + place, mask=inside[:, :, None], other=0, eviction_policy="evict_first"
             )
         scale, zero = _scale_and_zero(
-            scale_ptr, zero_ptr, column.to(tl.int64)[:, None], run[None, :], groups, inside, ZERO, GROUPED, BITS
+            scale_ptr,
+            zero_ptr,
+            column.to(tl.int64)[:, None],
+            run[None, :],
+            groups,
+            inside,
+            ZERO,
+            GROUPED,
+            BITS,
         )
         low = tl.load(row_ptr + first, mask=first < inner, other=0.0).to(tl.float32)
         products = _numbers(packed, zero[:, :, None], BITS, False) * low[None, :, :]
@@ -141,7 +149,7 @@ def _tile(
 
 
 @jit
-def quantized_rows_kernel(
+def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     input_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, partial_ptr, arrival_ptr,
     rows, columns, inner, runs, groups,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SPLITS: tl.constexpr, RUN: tl.constexpr, BYTES: tl.constexpr,

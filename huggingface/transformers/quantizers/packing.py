@@ -1,11 +1,11 @@
 """Weights as small integers: how they are rounded, packed and read back.
 
-8 bits: one scale an output, `w = q * scale` with q in -127 .. 127. 4 bits: one scale an output, or one for each group of consecutive
-inputs, without a zero point (`w = (q - 8) * scale`) or with one (`w = (q - zero) * scale`); q in 0 .. 15.
+8 bits: one scale an output, `w = q * scale` with q in -127 .. 127. 4 bits: one scale an output, or one for each group of
+consecutive inputs, without a zero point (`w = (q - 8) * scale`) or with one (`w = (q - zero) * scale`); q in 0 .. 15.
 
-Two 4-bit numbers share a byte. They are not neighbours: a run of inputs (a group, or 128 of them where an output has one scale) is
-cut into halves, the first in the low nibbles, the second in the high ones, in order. So a kernel reads both halves of the inputs
-as consecutive elements and never interleaves. An output's last run is filled up with weights of zero.
+Two 4-bit numbers share a byte. They are not neighbours: a run of inputs (a group, or 128 of them where an output has one scale)
+is cut into halves, the first in the low nibbles, the second in the high ones, in order. So a kernel reads both halves of the
+inputs as consecutive elements and never interleaves. An output's last run is filled up with weights of zero.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def quantize(weight: torch.Tensor, kind: WeightFormat) -> dict[str, torch.Tensor
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinite numbers; restore the checkpoint.")
     outputs, inner = weight.shape
-    values = weight.float()
+    values = weight.float().contiguous()
     if kind.bits == 8:
         scale = values.abs().amax(1, keepdim=True) / LARGEST_INT8
         numbers = _divided(values, scale).round_().to(torch.int8)

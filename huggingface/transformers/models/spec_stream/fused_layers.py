@@ -21,6 +21,7 @@ from torch import nn
 from ...integrations import fused_norm
 from ...integrations.fused_norm import add_norm
 from ...integrations.packed_linear import PackedLinear
+from ...integrations.quantized_linear import QuantizedLinear, QuantizedWeight, quantized_linear
 from ...integrations.rotary import apply_rotary_
 from ...integrations.skinny_linear import finish, linear, runs_here
 from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
@@ -86,8 +87,11 @@ def _unfused_layer(layer: nn.Module, names: LayerNames) -> str | None:
     linears = (*names.projections, names.output, *names.expand, names.contract)
     for name in linears:
         # Packed ones, in a model that has run on a CPU, keep their weight as it was.
-        if type(layer.get_submodule(name)) not in (nn.Linear, PackedLinear):
+        if type(layer.get_submodule(name)) not in (nn.Linear, PackedLinear, QuantizedLinear):
             return f"{name} is a {type(layer.get_submodule(name)).__name__}, which no fused product reads"
+    for group in (names.projections, names.expand):
+        if len({getattr(layer.get_submodule(name), "kind", None) for name in group}) > 1:
+            return f"{' and '.join(group)} are stored in different formats, and one product reads them all"
     if len(names.expand) == 2 and layer.get_submodule(names.expand[0]).bias is not None:
         return "no fused product reads a gated MLP with a bias"
     return None
@@ -97,17 +101,24 @@ def _unfused_layer(layer: nn.Module, names: LayerNames) -> str | None:
 class _Product:
     """One product of a layer: weights side by side, and the gated LoRA updates of its parts."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | QuantizedWeight
     bias: torch.Tensor | None
     updates: list[tuple[slice, Any]]
 
     @classmethod
     def of(cls, modules: list[nn.Linear], updates: list[Any]) -> _Product:
         """Lays the modules' weights side by side and makes their parameters views of that."""
-        weight, bias = modules[0].weight.data, modules[0].bias
+        weight: torch.Tensor | QuantizedWeight = modules[0].weight.data
+        bias = modules[0].bias
         if len(modules) > 1:
             weight = _share([module.weight for module in modules])
             bias = _share([module.bias for module in modules]) if bias is not None else None
+        if isinstance(modules[0], QuantizedLinear):
+            rest = {name: [getattr(module, name) for module in modules] for name in modules[0].scale_names}
+            stored = {
+                name: _share(parts) if len(parts) > 1 else parts[0].data for name, parts in rest.items()
+            }
+            weight = modules[0].read({"weight": weight, **stored})
         ends = torch.tensor([0, *(module.out_features for module in modules)]).cumsum(0).tolist()
         spans = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
         return cls(weight, bias, [pair for pair in zip(spans, updates, strict=True) if pair[1] is not None])
@@ -117,13 +128,18 @@ class _Product:
     ) -> torch.Tensor:
         """Returns the product of (batch, rows, in), its updates added to the last `streams` rows before the epilogue."""
         if not streams or not self.updates:
-            return linear(rows, self.weight, self.bias, norm=norm, **epilogue)
+            return self._product(rows, norm=norm, **epilogue)
         # Streams come beside other rows, and only a single row is left for a product to normalise.
         assert norm is None
-        product = linear(rows, self.weight, self.bias)
+        product = self._product(rows)
         for span, lora in self.updates:
             product[:, -streams:, span] += lora(rows[:, -streams:])
         return finish(product, **epilogue)
+
+    def _product(self, rows: torch.Tensor, **options: Any) -> torch.Tensor:
+        if isinstance(self.weight, QuantizedWeight):
+            return quantized_linear(rows, self.weight, self.bias, **options)
+        return linear(rows, self.weight, self.bias, **options)
 
 
 def _enter(

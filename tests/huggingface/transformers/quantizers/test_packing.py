@@ -64,9 +64,7 @@ def test_groups_hold_where_one_scale_an_output_does_not():
     weight[:, 5] = 60.0
 
     def error(kind: WeightFormat) -> float:
-        return float(
-            (dequantize(quantize(weight, kind), kind, 1024, torch.float32) - weight).square().mean()
-        )
+        return float((dequantize(quantize(weight, kind), kind, 1024, torch.float32) - weight).square().mean())
 
     assert error(WeightFormat(4)) > 5 * error(WeightFormat(4, 128))
     assert error(WeightFormat(4, 128)) > 2 * error(WeightFormat(4, 32))

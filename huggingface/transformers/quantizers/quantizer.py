@@ -1,0 +1,180 @@
+"""Packed weights through upstream's quantiser interface: `from_pretrained` packs what it reads, `save_pretrained` keeps it so.
+
+Upstream builds a model without weights, lets the quantiser swap modules, then reads tensor after tensor; each weight is packed
+as it comes, so a model is never held twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from ..integrations.quantized_linear import QuantizedLinear, QuantizedWeight
+from .configuration import METHOD, PackedWeightsConfig
+from .packing import WeightFormat
+
+STREAMS = "streams"
+"""Streams stay in half precision: their updates are added to quantised products."""
+
+
+def register() -> None:
+    """Registers configuration and quantiser with upstream; a second call changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(PackedWeightsConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(PackedWeightsQuantizer)
+
+
+def convertible(model: nn.Module, skipped: list[str]) -> dict[str, nn.Module]:
+    """Returns by name the linear layers of a model that are converted: all but the head, the streams, and what is skipped.
+
+    Args:
+        model: a causal language model, with or without streams.
+        skipped: parts of module names.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and STREAMS not in name.split(".")
+        and not any(part in name for part in skipped)
+    }
+
+
+def quantized_shell(module: nn.Module, kind: WeightFormat, dtype: torch.dtype) -> QuantizedLinear:
+    """Returns an empty quantised layer in a linear layer's place, with its hooks: gated updates hang on them."""
+    inputs, outputs = sizes_of(module)
+    shell = QuantizedLinear(inputs, outputs, module.bias is not None, kind, dtype)
+    shell._forward_hooks = module._forward_hooks
+    shell.transposed = isinstance(module, Conv1D)
+    return shell
+
+
+def sizes_of(module: nn.Module) -> tuple[int, int]:
+    """Returns inputs and outputs of a `Linear`, or of a `Conv1D`, whose weight is transposed."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, config: PackedWeightsConfig) -> nn.Module:
+    """Packs a model's linear layers in place, one after the other, and returns it.
+
+    Raises:
+        ValueError: a weight that cannot be packed; the message names the layer.
+    """
+    for name, module in convertible(model, config.modules_to_not_convert or []).items():
+        shell = quantized_shell(module, config.format, module.weight.dtype)
+        packed = _packed(name, module.weight, shell)
+        for field, tensor in packed.tensors().items():
+            setattr(shell, field, nn.Parameter(tensor, requires_grad=False))
+        if module.bias is not None:
+            shell.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+        model.set_submodule(name, shell)
+    model.config.quantization_config = config
+    return model
+
+
+def _packed(name: str, weight: torch.Tensor, shell: QuantizedLinear) -> QuantizedWeight:
+    try:
+        return QuantizedWeight.of(weight.t() if shell.transposed else weight, shell.kind)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+class PackedWeightsQuantizer(HfQuantizer):
+    """Packs weights as they are read; a checkpoint that was saved packed is read as it is."""
+
+    requires_calibration = False
+    quantization_config: PackedWeightsConfig
+
+    def __init__(self, quantization_config: PackedWeightsConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.refused: list[str] = []
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Returns whether a tensor belongs to a packed weight."""
+        del kwargs
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, QuantizedLinear) and name == "weight"
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        del kwargs
+        skipped = self.quantization_config.modules_to_not_convert or []
+        found = convertible(model, skipped)
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no linear layer to quantise.")
+        for name, module in found.items():
+            with torch.device("meta"):
+                shell = quantized_shell(module, self.quantization_config.format, module.weight.dtype)
+                if not self.pre_quantized:
+                    # Upstream casts what it reads to the placeholder's dtype before the weight is packed.
+                    placeholder = torch.empty(module.weight.shape, dtype=module.weight.dtype)
+                    shell.weight = nn.Parameter(placeholder, requires_grad=False)
+            model.set_submodule(name, shell)
+        model.config.quantization_config = self.quantization_config
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        del kwargs
+        if self.refused:
+            raise ValueError("; ".join(self.refused))
+        return model
+
+    def get_quantize_ops(self) -> PackWeights:
+        """Returns what upstream applies to each weight it reads."""
+        return PackWeights(self)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Returns True: packed tensors are ordinary ones."""
+        del kwargs
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Returns False: integers have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Returns True: shapes do not depend on values."""
+        return True
+
+
+class PackWeights(ConversionOps):
+    """Packs one weight that upstream has read; upstream's extension point for quantisation on load."""
+
+    def __init__(self, quantizer: PackedWeightsQuantizer):
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, nn.Parameter]:
+        """Returns the stored tensors of the one weight in `input_dict`, by full name."""
+        ((name, tensors),) = input_dict.items()
+        model = kwargs["model"]
+        weight = tensors[0] if isinstance(tensors, list) else tensors
+        module, _ = get_module_from_name(model, name)
+        base = name.rsplit(".", 1)[0]
+        try:
+            packed = _packed(base, weight, module)
+        except ValueError as error:
+            # Upstream would hide what is raised here; the quantiser raises it once all tensors are read.
+            self.quantizer.refused.append(str(error))
+            packed = _packed(base, torch.zeros_like(weight), module)
+        missing = kwargs.get("missing_keys")
+        stored = {f"{base}.{field}": tensor for field, tensor in packed.tensors().items()}
+        if missing is not None:
+            missing -= stored.keys()
+        return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in stored.items()}

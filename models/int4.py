@@ -1,0 +1,31 @@
+"""Weights in 4 bits, two in a byte."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from models.technique import Recipe, Technique, option
+
+SCHEMES = ("group", "naive")
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Int4(Technique):
+    """Our engine on weights of 4 bits; the LM head, embeddings and streams stay as they are."""
+
+    name: ClassVar[str] = "int4"
+    summary: ClassVar[str] = "our engine on weights in 4 bits"
+
+    int4_scheme: str = option("group", "group: a scale for each group of inputs; naive: one an output")
+    group_size: int = option(128, "inputs that share a scale: 32, 64 or 128")
+
+    def __post_init__(self) -> None:
+        if self.int4_scheme not in SCHEMES:
+            raise ValueError(f"--int4_scheme got '{self.int4_scheme}', expected one of {', '.join(SCHEMES)}.")
+        if self.group_size not in GROUP_SIZES:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"--group_size got {self.group_size}, expected one of {sizes}.")
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        scheme = "naive" if self.int4_scheme == "naive" else f"group{self.group_size}"
+        return recipe.claim(weights=f"int4-{scheme}")
