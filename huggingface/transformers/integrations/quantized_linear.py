@@ -1,6 +1,6 @@
 """Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
 
-Two kernels (`quantized_linear_kernels.py`): one row, and two to :data:`MANY_ROWS`. Above that, as in a prompt, reading the weights
+Two kernels (`quantized_linear_kernels.py`): one row, and two to :data:`MANY_ROWS`. Above that, as in a prompt, reading weights
 is no longer what a product costs; they are turned into the inputs' dtype and the vendor's library multiplies. The same happens on
 a CPU and in float32, where the kernels would gain nothing, except that torch's own product of 8-bit weights is used where it is
 faster: one row in bfloat16.

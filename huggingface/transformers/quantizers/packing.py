@@ -60,8 +60,8 @@ class WeightFormat:
             return {"weight": (outputs, inner), "weight_scale": (outputs, 1)}
         runs = self.runs(inner)
         groups = runs if self.group_size else 1
-        shapes = {"weight": (outputs, runs * self.run // 2), "weight_scale": (outputs, groups)}
-        return shapes | ({"weight_zero": (outputs, groups)} if self.zero_point else {})
+        zeros: dict[str, tuple[int, ...]] = {"weight_zero": (outputs, groups)} if self.zero_point else {}
+        return {"weight": (outputs, runs * self.run // 2), "weight_scale": (outputs, groups), **zeros}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:

@@ -37,7 +37,7 @@ def register() -> None:
         register_quantizer(METHOD)(PackedWeightsQuantizer)
 
 
-def convertible(model: nn.Module, skipped: list[str]) -> dict[str, nn.Module]:
+def convertible(model: Any, skipped: list[str]) -> dict[str, Any]:
     """Returns by name the linear layers of a model that are converted: all but the head, the streams, and what is skipped.
 
     Args:
@@ -55,7 +55,7 @@ def convertible(model: nn.Module, skipped: list[str]) -> dict[str, nn.Module]:
     }
 
 
-def quantized_shell(module: nn.Module, kind: WeightFormat, dtype: torch.dtype) -> QuantizedLinear:
+def quantized_shell(module: Any, kind: WeightFormat, dtype: torch.dtype) -> QuantizedLinear:
     """Returns an empty quantised layer in a linear layer's place, with its hooks: gated updates hang on them."""
     inputs, outputs = sizes_of(module)
     shell = QuantizedLinear(inputs, outputs, module.bias is not None, kind, dtype)
@@ -64,14 +64,14 @@ def quantized_shell(module: nn.Module, kind: WeightFormat, dtype: torch.dtype) -
     return shell
 
 
-def sizes_of(module: nn.Module) -> tuple[int, int]:
+def sizes_of(module: Any) -> tuple[int, int]:
     """Returns inputs and outputs of a `Linear`, or of a `Conv1D`, whose weight is transposed."""
     rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, config: PackedWeightsConfig) -> nn.Module:
+def quantize_model(model: Any, config: PackedWeightsConfig) -> Any:
     """Packs a model's linear layers in place, one after the other, and returns it.
 
     Raises:
@@ -160,7 +160,10 @@ class PackWeights(ConversionOps):
     def __init__(self, quantizer: PackedWeightsQuantizer):
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, nn.Parameter]:
+    # Upstream's signature differs between the versions we support; it passes everything by name.
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, nn.Parameter]:
         """Returns the stored tensors of the one weight in `input_dict`, by full name."""
         ((name, tensors),) = input_dict.items()
         model = kwargs["model"]
