@@ -19,6 +19,7 @@ from models.loading.assistant import build_assistant
 from models.loading.calls import Call, Decoder, Prompts
 from models.loading.checkpoint import end_tokens, read_config
 from models.loading.engine_decoder import EngineDecoder
+from models.loading.packed import stored_bytes
 from models.loading.stock_decoder import StockDecoder
 from models.loading.tokenizing import decode, encode, load_tokenizer
 from models.loading.weights import build_model
@@ -79,7 +80,7 @@ class LoadedModel:
         self.fallbacks = fallbacks
         self.dtype = str(recipe.dtype)
         held = [model] if assistant is None else [model, assistant]
-        self.weight_bytes = sum(parameter.nbytes for one in held for parameter in one.parameters())
+        self.weight_bytes = sum(stored_bytes(parameter) for one in held for parameter in one.parameters())
         self.kv_bytes = 0
         self.draft_nodes: int | None = None
         self.draft_source: str | None = None

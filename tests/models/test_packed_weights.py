@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from models import Machine, Recipe, fold
+from models import Machine, Recipe, fold, unavailable
 from models.answer import Limits
 from models.loading import load
 
@@ -36,6 +36,37 @@ def test_value_out_of_range_names_the_flag(flags):
 def test_weights_are_decided_once():
     with pytest.raises(ValueError, match=r"int4\+int8: both decide 'weights'"):
         fold("int4+int8")
+
+
+@pytest.mark.parametrize("name", ["bnb_int8", "bnb_nf4", "torchao_int4"])
+def test_a_peer_without_its_package_says_what_installs_it(name, monkeypatch):
+    machine = Machine("cuda")
+    monkeypatch.setattr("models.technique.importlib.util.find_spec", lambda package: None)
+    extra = name.partition("_")[0]
+    assert f'-e ".[{extra}]" installs it' in unavailable(name, machine)
+    monkeypatch.setattr("models.technique.importlib.util.find_spec", lambda package: object())
+    assert unavailable(name, machine) is None
+    assert "CUDA device" in unavailable("torchao_int4", CPU)
+
+
+@pytest.mark.parametrize("name", ["bnb_int8", "bnb_nf4", "torchao_int4"])
+def test_peers_are_upstreams_decoder(name):
+    assert fold(name).decoder == "stock"
+    with pytest.raises(ValueError, match=rf"{name}\+static: both decide 'decoder'"):
+        fold(f"{name}+static")
+
+
+@pytest.mark.parametrize("name", ["bnb_int8", "bnb_nf4"])
+def test_bitsandbytes_where_it_is_installed(name, stock_checkpoint):
+    pytest.importorskip("bitsandbytes")
+    tokens, packed = answers(name, stock_checkpoint)
+    assert all(len(row) == LIMITS.max_new_tokens for row in tokens)
+    assert packed < answers("static", stock_checkpoint)[1]
+
+
+def test_peers_need_a_checkpoint(stock_checkpoint):
+    with pytest.raises(ValueError, match="leave out --random_weights"):
+        answers("bnb_nf4", stock_checkpoint, random_weights=True)
 
 
 def answers(names: str, checkpoint, **options) -> tuple[list[list[int]], int]:

@@ -1,9 +1,9 @@
 """Activation-aware scales: which columns of a weight must be rounded finely is read from what passes through them.
 
-A column that large inputs meet does harm with every bit of rounding. Multiplied by s before it is rounded, with the inputs divided
-by s, it loses s times less, and its group's other columns a little more. s is the mean size of a channel's inputs to some power
-between 0 and 1; the power with the least error on calibration text wins, 0 (no scaling) among them, so on that text no group of
-products gets worse.
+A column that large inputs meet does harm with every bit of rounding. Multiplied by s before it is rounded, with the inputs
+divided by s, it loses s times less, and its group's other columns a little more. s is the mean size of a channel's inputs to
+some power between 0 and 1; the power with the least error on calibration text wins, 0 (no scaling) among them, so on that text no
+group of products gets worse.
 
 ("AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv 2306.00978, section 3.2; written from the
 paper. Its weight clipping is left out. Where no norm stands in front, as before a last product, nothing is scaled.)
@@ -71,7 +71,9 @@ class _Inputs:
 
 
 @torch.no_grad()
-def scale_for_quantization(model: Any, texts: Sequence[torch.Tensor], kind: WeightFormat) -> list[ScaleChoice]:
+def scale_for_quantization(
+    model: Any, texts: Sequence[torch.Tensor], kind: WeightFormat
+) -> list[ScaleChoice]:
     """Scales a model's channels in place so that packing its weights loses least; its output stays the same.
 
     Args:

@@ -1,7 +1,7 @@
 """Moving a factor between a norm and the products that read it, channel by channel; the model's function stays the same.
 
-A norm's output channel divided by s and the products' columns multiplied with s give the same sums. Which of the two is large decides
-what rounding the columns costs.
+A norm's output channel divided by s and the products' columns multiplied with s give the same sums. Which of the two is large
+decides what rounding the columns costs.
 """
 
 from __future__ import annotations
