@@ -12,6 +12,7 @@ from typing import Any
 
 from models.answer import Generation, Limits, Scores
 from models.assisted import Assisted
+from models.awq import Awq
 from models.bnb_int8 import BnbInt8
 from models.bnb_nf4 import BnbNf4
 from models.flash import Flash
@@ -53,15 +54,16 @@ TECHNIQUES: dict[str, type[Technique]] = {
         Static,
         Int8,
         Int4,
+        Awq,
         BnbInt8,
         BnbNf4,
         TorchaoInt4,
         PromptLookup,
         Assisted,
         SpecStream,
-    )  # fmt: skip
+    )
 }
-RESERVED = ("awq", "kv_int8", "kv_int4", "kv_prune_tensor", "kv_prune_channel")
+RESERVED = ("kv_int8", "kv_int4", "kv_prune_tensor", "kv_prune_channel")
 
 
 def build(names: str, flags: Mapping[str, Any] | None = None) -> list[Technique]:

@@ -108,6 +108,10 @@ class Recipe:
             )
         if self.decoder != "stock" and self.attention == "flash":
             raise ValueError("FlashAttention kernels take no draft tree, and our engine needs one; use sdpa.")
+        if self.decoder == "stock" and str(self.weights).startswith("awq"):
+            raise ValueError(
+                "awq scales models of our engine; leave out the technique with the stock decoder."
+            )
         if self.drafts in STOCK_DRAFTS and (self.decoder != "stock" or self.kv == "none"):
             raise ValueError(f"'{self.drafts}' is upstream's and needs its decoder with a KV cache.")
 

@@ -16,6 +16,7 @@ from huggingface.transformers.generation.scoring import score_tokens
 from huggingface.transformers.integrations import flash_attention
 from models.answer import Generation, Limits, Scores
 from models.loading.assistant import build_assistant
+from models.loading.calibrated import is_calibrated, scale_and_pack
 from models.loading.calls import Call, Decoder, Prompts
 from models.loading.checkpoint import end_tokens, read_config
 from models.loading.engine_decoder import EngineDecoder
@@ -274,6 +275,8 @@ def assemble(
     helper = build_assistant(recipe, assistant, config.vocab_size, device, random_weights)
     built = build_model(recipe, checkpoint, config, device, random_weights)
     _check_finite(built.model, recipe, "model")
+    if is_calibrated(recipe.weights):
+        scale_and_pack(built.model, tokenizer, str(recipe.weights))
     if helper is not None:
         _check_finite(helper.model, recipe, "assistant")
     ends = end_tokens(checkpoint, config, tokenizer)

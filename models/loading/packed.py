@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from huggingface.transformers.quantizers.configuration import METHOD, PackedWeightsConfig
+from models.loading.calibrated import is_calibrated
 
 PLAIN = "plain"
 PEERS = ("bnb-int8", "bnb-nf4", "torchao-int4")
@@ -20,7 +21,7 @@ def packed_config(weights: str | None) -> PackedWeightsConfig | None:
     Raises:
         ValueError: a name that this version does not know.
     """
-    if weights in (None, PLAIN):
+    if weights in (None, PLAIN) or is_calibrated(weights):  # the latter are packed once they are read
         return None
     bits, _, scheme = str(weights).partition("-")
     if bits == "int8" and not scheme:
@@ -67,7 +68,7 @@ def check_unquantized(config: PreTrainedConfig, weights: str | None, checkpoint:
     """Raises ValueError if a checkpoint is quantised already and the recipe would do it again, or in another way."""
     saved: Any = getattr(config, "quantization_config", None)
     wanted = None if weights in PEERS else packed_config(weights)
-    if saved is None or (wanted is None and weights not in PEERS):
+    if saved is None or weights in (None, PLAIN):
         return
     fields = saved if isinstance(saved, dict) else saved.to_dict()
     method = fields.get("quant_method")

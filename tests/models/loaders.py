@@ -12,7 +12,7 @@ from models.loading import load
 
 CPU = Machine("cpu")
 PROMPT = "name[The Vaults], eatType[pub], priceRange[more than 30]"
-LOSSY = ("half", "flash", "int8", "int4", "bnb_int8", "bnb_nf4", "torchao_int4")
+LOSSY = ("half", "flash", "int8", "int4", "awq", "bnb_int8", "bnb_nf4", "torchao_int4")
 """Their answers need not be those of the baseline."""
 EXACT = [name for name in TECHNIQUES if name not in LOSSY]
 BATCHED = [name for name in EXACT if TECHNIQUES[name].largest_batch is None]

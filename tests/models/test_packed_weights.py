@@ -64,6 +64,45 @@ def test_bitsandbytes_where_it_is_installed(stock_checkpoint):
     assert packed < answers("static", stock_checkpoint)[1]
 
 
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "calibration.txt"
+    path.write_text("The cat sat on the mat, the dog beside it. " * 20)
+    return path
+
+
+def test_awq_is_named_by_what_it_read(text):
+    recipe = fold("awq", {"calibration_text": str(text), "group_size": 64})
+    scheme, digest, path = str(recipe.weights).split(":", 2)
+    assert (scheme, len(digest), path) == ("awq-group64", 12, str(text))
+    with pytest.raises(ValueError, match=r"awq\+kv_cache: awq scales models of our engine"):
+        fold("awq+kv_cache", {"calibration_text": str(text)})
+    text.write_text("something else")
+    assert fold("awq", {"calibration_text": str(text), "group_size": 64}) != recipe
+
+
+def test_awq_needs_text(tmp_path, stock_checkpoint):
+    assert "--calibration_text" in unavailable("awq", CPU)
+    for name, content in (("empty.txt", "  "), ("missing.txt", None)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"--calibration_text .*{name}"):
+            fold("awq", {"calibration_text": str(tmp_path / name)})
+    with pytest.raises(ValueError, match="name a file with --calibration_text"):
+        load(fold("awq", machine=CPU), str(stock_checkpoint), "cpu")
+
+
+def test_awq_stays_exact_with_streams(text, stream_checkpoint):
+    def tokens(names, **options):
+        recipe = fold(names, {"calibration_text": str(text), "group_size": 32}, CPU)
+        loaded = load(recipe, str(stream_checkpoint), "cpu", **options)
+        return [answer.token_ids for answer in loaded.generate(PROMPTS, LIMITS)], loaded.weight_bytes
+
+    plain, size = tokens("awq")
+    assert tokens("awq+spec_stream", draft_nodes=5)[0] == plain
+    assert size == answers("int4", stream_checkpoint)[1]
+
+
 def test_peers_need_a_checkpoint(stock_checkpoint):
     with pytest.raises(ValueError, match="leave out --random_weights"):
         answers("bnb_nf4", stock_checkpoint, random_weights=True)
