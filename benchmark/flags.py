@@ -108,7 +108,8 @@ def _read(item: "Field[Any]", text: Any) -> Any:
     if isinstance(text, bool):
         return text
     try:
-        return item.metadata.get("read", type(item.default))(text)
+        kind = str if item.default is None else type(item.default)
+        return item.metadata.get("read", kind)(text)
     except ValueError:
         shape = _shape(item)
         raise UsageError(f"--{item.name} got '{text}', expected {IN_WORDS.get(shape, shape)}.") from None

@@ -3,7 +3,7 @@
     python -m benchmark.product_times --output_dir results/products
 
 Products are those of published decoders as the engine uses them: query, key and value in one, a gated MLP's two in one. Weights
-are random. Copies of a weight take turns until they exceed twice the second-level cache, and one graph runs all of them, so that what
+are random. Copies of a weight take turns until they exceed twice the second-level cache, and one graph runs all of them: what
 is timed is neither launches nor cached weights. Writes `products.json` and `products.md`.
 """
 
