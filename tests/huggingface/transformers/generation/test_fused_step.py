@@ -18,6 +18,7 @@ from huggingface.transformers.generation.fused_step import FusedStep
 from huggingface.transformers.generation.graph_runner import release_runners
 from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.generation.verification import Rule
+from tests.architectures import with_heads_of
 
 from .host_runner import use_host_runner
 from .test_sampling import _p_value as p_value
@@ -291,8 +292,8 @@ def on_gpu(make_model):
     """Returns `on_gpu(architecture, dtype, **fields)`: a model with heads of a size that the kernels know."""
 
     def make(architecture, dtype=torch.float32, **fields):
-        hidden = 64 if architecture == "gpt_neo" else 128
-        return copy.deepcopy(make_model(architecture, dtype, hidden_size=hidden, **fields)).cuda()
+        heads = with_heads_of(architecture, 32)
+        return copy.deepcopy(make_model(architecture, dtype, **heads, **fields)).cuda()
 
     return make
 

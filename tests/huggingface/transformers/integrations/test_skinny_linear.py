@@ -270,7 +270,9 @@ def check_compiled(monkeypatch, shapes, rows: tuple[int, ...], kinds, capabiliti
 def test_the_smallest_tiles_compile(monkeypatch, tiles_of):
     """Tiles narrower than a cache line, and a single output, of which Triton makes a constant."""
     tiles_of(16, 16, 3)
-    check_compiled(monkeypatch, [(21, 70, True), (1, 1, False), (1, 40, True)], (3,), (torch.bfloat16,), (80, 90))
+    check_compiled(
+        monkeypatch, [(21, 70, True), (1, 1, False), (1, 40, True)], (3,), (torch.bfloat16,), (80, 90)
+    )
 
 
 def test_the_largest_tiles_compile_without_spills(monkeypatch):
