@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import huggingface.transformers  # noqa: F401 - registers the stream models
+from huggingface.transformers.generation.draft_tree import TreeShape
+from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.models.spec_stream import (
     StreamConfig,
     stock_class,
@@ -44,7 +46,9 @@ def _config(architecture: str, **fields):
 @functools.lru_cache(maxsize=32)
 def build(architecture: str, dtype=torch.float64, implementation: str = "sdpa", seed: int = 0, fields=()):
     """Returns a random model of tame weights whose streams and main path disagree often, but not always."""
-    config = _config(architecture, **dict(fields))
+    # What may be kept between tests is hashable; configurations want lists.
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
+    config = _config(architecture, **given)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     for parameter in model.parameters():
@@ -87,3 +91,20 @@ def make_stock():
         return stock
 
     return make
+
+
+@pytest.fixture
+def check_greedy(make_stock):
+    """Returns `check_greedy(model)`: what a tree drafts leaves the text as upstream's `generate` has it, token for token."""
+
+    def check(model, prompts=range(1, 14, 3), length=16):
+        stock = make_stock(model)
+        plan = DraftPlan(TreeShape((-1, 0, 0, 1, 1, 2, 4), 3))
+        for size in prompts:
+            ids = torch.tensor([[1 + (5 * place + size) % 12 for place in range(size)]])
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": length, "do_sample": False}
+            want = stock.generate(ids, **options)
+            assert torch.equal(model.generate(ids, **options, plan=plan), want)
+            assert torch.equal(model.generate(ids, **options, drafts="none"), want)
+
+    return check

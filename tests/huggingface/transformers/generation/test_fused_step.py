@@ -18,6 +18,7 @@ from huggingface.transformers.generation.fused_step import FusedStep
 from huggingface.transformers.generation.graph_runner import release_runners
 from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.generation.verification import Rule
+from huggingface.transformers.integrations.triton_support import interpreting
 from tests.architectures import with_heads_of
 
 from .host_runner import use_host_runner
@@ -95,6 +96,16 @@ def test_any_plan_any_batch(architecture, make_fused):
         check_equal(model, prompts, length, plan)
 
     check()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not interpreting(), reason="no Triton to interpret")
+def test_interpreted_kernels_take_the_same_step(architecture, make_model, monkeypatch):
+    """All kernels of a step together, behind a text longer than the windows; heads of a size that they know."""
+    fields = {"transition_rank": 0, "stream_layers": 1, **with_heads_of(architecture, 16)}
+    model = copy.deepcopy(make_model(architecture, torch.float32, **fields))
+    use_host_runner(monkeypatch, interpret=True)
+    check_equal(model, [list(range(1, 10))], 3, grown(3, 2))
 
 
 @pytest.mark.slow
