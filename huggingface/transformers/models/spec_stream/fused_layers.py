@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...integrations import fused_norm
 from ...integrations.fused_norm import add_norm
-from ...integrations.packed_linear import PackedLinear
+from ...integrations.packed_linear import PACKED, outputs_first
 from ...integrations.rotary import apply_rotary_
 from ...integrations.skinny_linear import finish, linear, runs_here
 from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
@@ -88,7 +88,7 @@ def _unfused_layer(layer: nn.Module, names: LayerNames) -> str | None:
     linears = (*names.projections, names.output, *names.expand, names.contract)
     for name in linears:
         # Packed ones, in a model that has run on a CPU, keep their weight as it was.
-        if type(layer.get_submodule(name)) not in (nn.Linear, PackedLinear, Conv1D):
+        if type(layer.get_submodule(name)) not in (*PACKED.keys(), *PACKED.values()):
             return f"{name} is a {type(layer.get_submodule(name)).__name__}, which no fused product reads"
     if len(names.expand) == 2 and layer.get_submodule(names.expand[0]).bias is not None:
         return "no fused product reads a gated MLP with a bias"
@@ -106,7 +106,7 @@ class _Product:
     @classmethod
     def of(cls, modules: list[nn.Linear | Conv1D], updates: list[Any]) -> _Product:
         """Lays the modules' weights side by side and makes their parameters views of that."""
-        counts = [len(_outputs_first(module)) for module in modules]
+        counts = [len(outputs_first(module)) for module in modules]
         weight = _share_weights(modules, counts)
         bias = modules[0].bias
         if len(modules) > 1 and bias is not None:
@@ -139,14 +139,9 @@ def _enter(
     return normed, hidden, None
 
 
-def _outputs_first(module: nn.Linear | Conv1D) -> torch.Tensor:
-    """Returns a view of a module's weight as (out, in)."""
-    return module.weight.data.t() if isinstance(module, Conv1D) else module.weight.data
-
-
 def _share_weights(modules: list[nn.Linear | Conv1D], counts: list[int]) -> torch.Tensor:
     """Returns (sum of counts, in) contiguous weights, which the modules' parameters are now views of."""
-    weights = [_outputs_first(module) for module in modules]
+    weights = [outputs_first(module) for module in modules]
     together = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
     for module, part in zip(modules, together.split(counts), strict=True):
         module.weight.data = part.t() if isinstance(module, Conv1D) else part

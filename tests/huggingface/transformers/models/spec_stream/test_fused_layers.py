@@ -15,7 +15,7 @@ from torch import nn
 from huggingface.transformers.cache_utils import StaticTreeCache
 from huggingface.transformers.generation.decode_step import DecodeState, _forward
 from huggingface.transformers.generation.draft_tree import DraftTree, TreeShape
-from huggingface.transformers.integrations.packed_linear import PackedLinear
+from huggingface.transformers.integrations.packed_linear import PACKED
 from huggingface.transformers.integrations.tree_attention import AttentionWorkspace, StepRows
 from huggingface.transformers.integrations.tree_drafting import as_bits
 from huggingface.transformers.models.spec_stream.fused_layers import (
@@ -270,8 +270,7 @@ def test_a_model_that_has_run_on_a_cpu_is_fused(architecture, known):
     """There its linears are packed, in place; on a GPU a packed linear is a plain one."""
     model = known(architecture)
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = PackedLinear
+        module.__class__ = PACKED.get(type(module), type(module))
     assert unfused_reason(model) is None
 
 
