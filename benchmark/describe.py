@@ -139,6 +139,6 @@ def _model_config(run: SavedRun) -> Mapping[str, Any]:
 
 
 def _shape(config: Mapping[str, Any]) -> str:
-    layers = config.get("num_hidden_layers") or config.get("num_layers")
-    hidden, vocab = config.get("hidden_size"), config.get("vocab_size")
+    layers = config.get("num_hidden_layers") or config.get("num_layers") or config.get("n_layer")
+    hidden, vocab = config.get("hidden_size") or config.get("n_embd"), config.get("vocab_size")
     return f"{layers} layers x {hidden}, vocabulary {vocab}" if layers and hidden else ""

@@ -22,8 +22,8 @@ def missing_factor(model: Any) -> float:
 
 
 def query_weights(model: Any) -> list[nn.Parameter]:
-    """Returns the query projections' parameters of all layers, none for a model that does not name them."""
-    if model.layer_names is None:
+    """Returns the query projections' parameters of all layers, none for a model that does not name them or has them fused."""
+    if model.layer_names is None or len(model.layer_names.projections) == 1:
         return []
     name = model.layer_names.projections[0]
     return [weight for layer in model.decoder_layers() for weight in layer.get_submodule(name).parameters()]

@@ -30,6 +30,19 @@ class ModelFile:
         """Tokens the file asks for."""
         return int(self.architecture.get("vocab_size", DEFAULT_VOCAB_SIZE))
 
+    @property
+    def layers(self) -> int:
+        """Layers the file asks for, under any of the names that configurations use; 0 where it does not say."""
+        return self._first(("num_hidden_layers", "num_layers", "n_layer"), 0)
+
+    @property
+    def positions(self) -> int:
+        """Positions the file asks for; 2048 where it does not say."""
+        return self._first(("max_position_embeddings", "n_positions"), 2048)
+
+    def _first(self, names: tuple[str, ...], default: int) -> int:
+        return next((int(self.architecture[name]) for name in names if name in self.architecture), default)
+
 
 def read_model_file(path: Path) -> ModelFile:
     """Returns a model configuration file's fields. Raises ValueError if there is none to read."""

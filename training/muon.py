@@ -27,7 +27,7 @@ ADAMW_STEP = 0.2
 
 
 def layer_matrices(model: Any) -> list[nn.Parameter]:
-    """Returns the weights of the products in a streaming model's layers, those that are trained.
+    """Returns the weights of the products in a streaming model's layers, those that are trained; a fused q/k/v is one matrix.
 
     Raises:
         ValueError: for a model that does not name them.

@@ -160,8 +160,7 @@ def scratch_tokenizer(flags: TrainingFlags, file: ModelFile, text: TextData, is_
     if (folder / "tokenizer.json").is_file() and (flags.resume_from_checkpoint or not is_main):
         return AutoTokenizer.from_pretrained(folder)
     pairs = [pair for part in text.sets for pair in part.train]
-    positions = int(file.architecture.get("max_position_embeddings", 2048))
-    tokenizer = train_tokenizer(pairs, flags.vocab_size or file.vocab_size, positions)
+    tokenizer = train_tokenizer(pairs, flags.vocab_size or file.vocab_size, file.positions)
     logger.info("tokenizer: %d tokens", len(tokenizer))
     tokenizer.save_pretrained(folder)
     return tokenizer

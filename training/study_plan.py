@@ -95,7 +95,7 @@ class Plan:
 def plan_study(flags: StudyFlags) -> Plan:
     """Returns the jobs of the wanted groups. Raises ValueError for a model configuration that cannot be read."""
     file = read_model_file(flags.model_config)
-    layers = int(file.architecture.get("num_layers", file.architecture.get("num_hidden_layers", 0)))
+    layers = file.layers
     usual = {**DEFAULT_FIELDS, **file.stream_fields, "lora_rank": 0, "pruning_rank": 0}
     usual["stream_layers"] = min(usual["stream_layers"], layers)
     varied = {

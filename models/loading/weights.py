@@ -239,7 +239,7 @@ def readable(checkpoint: str) -> Iterator[None]:
         raise ValueError(
             f"the base model of {checkpoint} holds weights of other shapes than config.json says; restore both together."
         ) from None
-    except (LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
             f"no model can be built from config.json of {checkpoint} ({told}); restore the file."

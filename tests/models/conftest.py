@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from huggingface.transformers.models.spec_stream import load_streaming, stock_class
+from tests.architectures import FAMILIES, inner_field
 from tests.models.loaders import ASSISTANT, POSITIONS
 
 END = "<|endoftext|>"
@@ -26,24 +27,20 @@ def save_tokenizer(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def tiny_config(architecture: str) -> GPTNeoConfig | LlamaConfig:
-    """Returns a configuration of two or four small layers; GPT-Neo's window is shorter than the prompts."""
+def tiny_config(architecture: str) -> PreTrainedConfig:
+    """Returns a configuration of two or four small layers; windows are shorter than the prompts."""
     shared = dict(
         vocab_size=257, hidden_size=32, max_position_embeddings=POSITIONS, bos_token_id=0, eos_token_id=0
     )
     # A wide initialisation, so that a random model's answers depend on all of its prompt.
     shared |= dict(initializer_range=0.3)
+    own = {**FAMILIES[architecture], inner_field(architecture): 64}
     if architecture == "llama":
-        return LlamaConfig(
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, **shared
-        )
-    return GPTNeoConfig(
-        num_layers=4, num_heads=2, attention_types=[[["global", "local"], 2]], window_size=8, intermediate_size=64,
-        attention_dropout=0.0, embed_dropout=0.0, resid_dropout=0.0, **shared,
-    )  # fmt: skip
+        own["num_hidden_layers"] = 2
+    return AutoConfig.for_model(architecture, **{**shared, **own})
 
 
-@pytest.fixture(scope="session", params=["gpt_neo", "llama"])
+@pytest.fixture(scope="session", params=sorted(FAMILIES))
 def architecture(request) -> str:
     return request.param
 

@@ -300,8 +300,8 @@ def test_prompts_that_never_fit_are_an_error(scratch):
 
 
 def test_unsupported_architectures_are_refused(scratch, model_file):
-    model_file.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
-    with pytest.raises(ValueError, match=r"gpt2.*supported: gpt_neo, llama"):
+    model_file.write_text(json.dumps({"model_type": "gptj", "n_layer": 2}))
+    with pytest.raises(ValueError, match=r"gptj.*supported: gpt2, gpt_neo, llama, mistral, qwen2"):
         run(scratch())
 
 
@@ -328,7 +328,7 @@ def test_a_bad_base_is_one_line(tmp_path, own_file, stock_llama, damage, capsys)
         config = json.loads((stock_llama / "config.json").read_text())
         (stock_llama / "config.json").write_text(json.dumps(config | changes[damage]))
     elif damage == "unsupported":
-        (stock_llama / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+        (stock_llama / "config.json").write_text(json.dumps({"model_type": "gptj"}))
     else:
         (stock_llama / "config.json").unlink()
     words = ["--mode", "adapter", "--output_dir", str(tmp_path / "out"), "--datasets", "none"]
@@ -339,7 +339,7 @@ def test_a_bad_base_is_one_line(tmp_path, own_file, stock_llama, damage, capsys)
     assert code == (2 if damage in ("unsupported", "no config") else 1), error
     assert "Traceback" not in error
     assert "error: " in error
-    assert str(stock_llama) in error or "gpt2" in error
+    assert str(stock_llama) in error or "gptj" in error
 
 
 def test_an_unreadable_line_exits_with_1(tmp_path, own_file, model_file, capsys):

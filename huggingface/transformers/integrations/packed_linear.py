@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 PACK_LIMIT = 2**30
 """Bytes of weights above which nothing is packed: a copy of a large model could exhaust the memory."""
@@ -33,17 +34,24 @@ def is_available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def outputs_first(layer: nn.Linear | Conv1D) -> torch.Tensor:
+    """Returns a view of a layer's weight as (out, in), without its gradient; GPT-2's `Conv1D` keeps it as (in, out)."""
+    weight = layer.weight.detach()
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
 class _Packed:
     """Packed copies of the weights of some layers, side by side, and what they were made from."""
 
-    def __init__(self, layers: tuple[nn.Linear, ...]):
+    def __init__(self, layers: tuple[nn.Linear | Conv1D, ...]):
         self.sources = [(layer.weight, layer.weight._version) for layer in layers]
-        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        weights = [outputs_first(layer) for layer in layers]
+        weight = weights[0].contiguous() if len(layers) == 1 else torch.cat(weights)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.bias = layers[0].bias
-        self.widths = [layer.out_features for layer in layers]
+        self.widths = [len(weight) for weight in weights]
 
-    def holds(self, layers: tuple[nn.Linear, ...]) -> bool:
+    def holds(self, layers: tuple[nn.Linear | Conv1D, ...]) -> bool:
         """Returns whether no weight was replaced or written to since."""
         return all(
             layer._parameters["weight"] is weight and weight._version == version
@@ -60,10 +68,27 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, out) from (batch, rows, in); plain where gradients are on or the weight is not float32."""
         weight: Any = self._parameters["weight"]
-        rows = input.shape[-2] if input.dim() > 1 else 1
-        if (rows == 1 and weight.numel() < LARGE_WEIGHT) or not _packable(weight, input):
+        if not _pays(weight, input):
             return F.linear(input, weight, self.bias)
         return _packed(self, "_own", (self,)).multiply(input)
+
+
+class PackedConv1D(Conv1D):
+    """The same for GPT-2's linear layer, whose weight is (in, out)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (batch, rows, out) from (batch, rows, in); plain where :class:`PackedLinear` would be."""
+        weight: Any = self._parameters["weight"]
+        return _packed(self, "_own", (self,)).multiply(x) if _pays(weight, x) else super().forward(x)
+
+
+PACKED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: PackedLinear, Conv1D: PackedConv1D}
+"""Linear layers that can be packed, and what they become."""
+
+
+def _pays(weight: torch.Tensor, rows: torch.Tensor) -> bool:
+    count = rows.shape[-2] if rows.dim() > 1 else 1
+    return (count > 1 or weight.numel() >= LARGE_WEIGHT) and _packable(weight, rows)
 
 
 def _packable(weight: torch.Tensor, rows: torch.Tensor) -> bool:
@@ -74,7 +99,7 @@ def _packable(weight: torch.Tensor, rows: torch.Tensor) -> bool:
     )
 
 
-def _packed(owner: nn.Linear, name: str, layers: tuple[nn.Linear, ...]) -> _Packed:
+def _packed(owner: nn.Linear | Conv1D, name: str, layers: tuple[nn.Linear | Conv1D, ...]) -> _Packed:
     kept = owner.__dict__.get(name)
     if kept is None or not kept.holds(layers):
         kept = owner.__dict__[name] = _Packed(layers)
@@ -107,10 +132,10 @@ def pack_linears(model: nn.Module) -> int:
     Layers change class in place, names and weights stay. Nothing happens elsewhere: on another device, in another dtype, above
     :data:`PACK_LIMIT`, or where torch lacks the product. Packing itself is left to each layer's first use.
     """
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    linears: list[Any] = [module for module in model.modules() if type(module) in PACKED]
     eligible = [m for m in linears if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
     if not is_available() or sum(module.weight.nbytes for module in eligible) > PACK_LIMIT:
         return 0
     for module in eligible:
-        module.__class__ = PackedLinear
+        module.__class__ = PACKED[type(module)]
     return len(eligible)

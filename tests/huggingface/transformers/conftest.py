@@ -6,17 +6,18 @@ import functools
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import huggingface.transformers  # noqa: F401 - registers the stream models
-from huggingface.transformers.models.spec_stream import stock_class, stock_config
-from huggingface.transformers.models.spec_stream.architectures.gpt_neo import (
-    StreamGPTNeoConfig,
-    StreamGPTNeoForCausalLM,
+from huggingface.transformers.generation.draft_tree import TreeShape
+from huggingface.transformers.generation.tree_tuning import DraftPlan
+from huggingface.transformers.models.spec_stream import (
+    StreamConfig,
+    stock_class,
+    stock_config,
+    stream_config_from,
 )
-from huggingface.transformers.models.spec_stream.architectures.llama import (
-    StreamLlamaConfig,
-    StreamLlamaForCausalLM,
-)
+from tests.architectures import FAMILIES
 
 VOCAB = 13
 EOS = 0
@@ -35,46 +36,31 @@ def _config(architecture: str, **fields):
         "bos_token_id": EOS,
         "eos_token_id": EOS,
         "pad_token_id": EOS,
-        "streams": 3,
-        "stream_layers": 2,
-        "lora_rank": 2,
-        "transition_rank": 4,
     }
-    if architecture == "gpt_neo":
-        return StreamGPTNeoConfig(
-            num_layers=4,
-            num_heads=2,
-            attention_types=[[["global", "local"], 2]],
-            window_size=8,
-            resid_dropout=0.0,
-            embed_dropout=0.0,
-            attention_dropout=0.0,
-            **{**common, **fields},
-        )
-    return StreamLlamaConfig(
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        **{**common, **fields},
-    )
+    streams = {"streams": 3, "stream_layers": 2, "lora_rank": 2, "transition_rank": 4}
+    values = {**common, **FAMILIES[architecture], **streams, **fields}
+    shape = {name: values.pop(name) for name in StreamConfig().as_dict() if name in values}
+    return stream_config_from(AutoConfig.for_model(architecture, **values), **shape)
 
 
 @functools.lru_cache(maxsize=32)
 def build(architecture: str, dtype=torch.float64, implementation: str = "sdpa", seed: int = 0, fields=()):
     """Returns a random model of tame weights whose streams and main path disagree often, but not always."""
-    config = _config(architecture, **dict(fields))
-    config._attn_implementation = implementation
-    model_class = StreamGPTNeoForCausalLM if architecture == "gpt_neo" else StreamLlamaForCausalLM
+    # What may be kept between tests is hashable; configurations want lists.
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
+    config = _config(architecture, **given)
     torch.manual_seed(seed)
-    model = model_class(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
     return model.to(dtype)
 
 
-@pytest.fixture(params=["gpt_neo", "llama"])
+@pytest.fixture(params=sorted(FAMILIES))
 def architecture(request) -> str:
     return request.param
 
@@ -105,3 +91,20 @@ def make_stock():
         return stock
 
     return make
+
+
+@pytest.fixture
+def check_greedy(make_stock):
+    """Returns `check_greedy(model)`: what a tree drafts leaves the text as upstream's `generate` has it, token for token."""
+
+    def check(model, prompts=range(1, 14, 3), length=16):
+        stock = make_stock(model)
+        plan = DraftPlan(TreeShape((-1, 0, 0, 1, 1, 2, 4), 3))
+        for size in prompts:
+            ids = torch.tensor([[1 + (5 * place + size) % 12 for place in range(size)]])
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": length, "do_sample": False}
+            want = stock.generate(ids, **options)
+            assert torch.equal(model.generate(ids, **options, plan=plan), want)
+            assert torch.equal(model.generate(ids, **options, drafts="none"), want)
+
+    return check

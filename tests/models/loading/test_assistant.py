@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from models import Limits
 from models.loading import loaded_model
-from tests.models.loaders import ASSISTANT, PROMPT, STOCK_CLASSES, loaded
+from tests.architectures import a_projection
+from tests.models.loaders import ASSISTANT, PROMPT, STOCK_CLASSES, cached_bytes, loaded
 
 
 @pytest.fixture
@@ -55,10 +56,14 @@ def test_weights_and_cache_count_the_assistants(stream_checkpoint):
     limits = Limits(max_new_tokens=4, ignore_eos=True)
     for one in (model, alone):
         one.generate([PROMPT], limits)
-    row = alone.kv_bytes / (len(PROMPT) + 3)
-    assert model.kv_bytes % row == 0
-    # The assistant reads neither the last token nor the last that it drafted.
-    assert (model.kv_bytes - alone.kv_bytes) / row in (len(PROMPT), len(PROMPT) + 1, len(PROMPT) + 2)
+    config, ours = alone.model.config, len(PROMPT) + 3
+    assert alone.kv_bytes == cached_bytes(config, ours)
+    assistants = model.kv_bytes - alone.kv_bytes
+    if alone.kv_bytes == cached_bytes(config, ours, windows=False):
+        # The assistant reads neither the last token nor the last that it drafted.
+        assert assistants in [cached_bytes(config, ours - unread) for unread in (1, 2, 3)]
+    else:  # how much of the drafts sliding layers still hold is upstream's matter
+        assert cached_bytes(config, ours - 3) <= assistants < cached_bytes(config, ours, windows=False)
 
 
 def test_it_needs_no_tokenizer(stream_checkpoint):
@@ -115,7 +120,7 @@ def test_torn_weights_are_refused(stream_checkpoint, tmp_path, unbuilt):
 def test_undefined_logits_are_blamed_on_the_assistant(stream_checkpoint, tmp_path):
     place = changed(stream_checkpoint, tmp_path)
     weights = load_file(place / "model.safetensors")
-    key = next(key for key in weights if "v_proj" in key)
+    key = a_projection(weights, "v_proj")
     weights[key] = torch.full_like(weights[key], torch.nan)
     save_file(weights, place / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="the assistant's logits are not finite"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import Limits
-from tests.models.loaders import BATCHED, EXACT, PROMPT, loaded, upstream_tokens
+from tests.models.loaders import BATCHED, EXACT, PROMPT, cached_bytes, loaded, upstream_tokens
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -188,12 +188,10 @@ def test_memory_is_reported(stream_checkpoint):
     model = loaded("naive", stream_checkpoint)
     model.generate([PROMPT], Limits(max_new_tokens=4, ignore_eos=True))
     config = model.model.config
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    width = config.hidden_size // config.num_attention_heads
-    assert model.kv_bytes == 2 * config.num_hidden_layers * heads * width * 4 * (len(PROMPT) + 3)
+    assert model.kv_bytes == cached_bytes(config, len(PROMPT) + 3)
     assert model.weight_bytes == sum(p.numel() * 4 for p in model.model.parameters())
     model.generate(["a"], Limits(max_new_tokens=1))  # what is told is the last request's
-    assert model.kv_bytes == 2 * config.num_hidden_layers * heads * width * 4
+    assert model.kv_bytes == cached_bytes(config, 1)
     none = loaded("no_cache", stream_checkpoint)
     none.generate([PROMPT], Limits(max_new_tokens=4))
     assert none.kv_bytes == 0

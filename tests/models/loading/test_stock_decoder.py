@@ -1,9 +1,8 @@
 """Upstream's decoder with its own speculation: what its steps are, and where drafts must stop."""
 
-import json
-
 import pytest
 import torch
+from transformers import AutoConfig
 
 from models import Limits
 from models.loading.passes import watched_passes
@@ -99,13 +98,12 @@ def test_sampling_draws_from_the_models_distribution(stock_checkpoint):
 def shorter(checkpoint, architecture, positions, directory):
     """Saves a model as its own assistant with fewer positions."""
     model = STOCK_CLASSES[architecture].from_pretrained(checkpoint)
-    if architecture == "gpt_neo":
+    if architecture in ("gpt2", "gpt_neo"):
         table = model.transformer.wpe
         table.weight = torch.nn.Parameter(table.weight[:positions].clone())
     model.config.max_position_embeddings = positions
     model.save_pretrained(directory)
-    saved = json.loads((directory / "config.json").read_text())
-    assert saved["max_position_embeddings"] == positions
+    assert AutoConfig.from_pretrained(directory).max_position_embeddings == positions
     return directory
 
 

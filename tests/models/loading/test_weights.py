@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from huggingface.transformers.models.spec_stream import load_streaming
 from models import Limits, Recipe
 from models.loading import load
+from tests.architectures import a_projection, inner_field
 from tests.models.loaders import PROMPT, STOCK_CLASSES, edited, loaded
 
 
@@ -17,7 +18,7 @@ def test_naive_is_upstreams_own_class(architecture, stream_checkpoint):
     assert type(model.model) is STOCK_CLASSES[architecture]
     assert model.model.dtype == torch.float32
     assert not [name for name, _ in model.model.named_parameters() if name.startswith("streams.")]
-    assert model.model.config._attn_implementation == {"gpt_neo": "eager", "llama": "sdpa"}[architecture]
+    assert model.model.config._attn_implementation == ("eager" if architecture == "gpt_neo" else "sdpa")
 
 
 def test_flash_function_keeps_tokens_in_float32(architecture, stock_checkpoint):
@@ -104,7 +105,7 @@ def test_missing_main_weights_are_named(name, stock_checkpoint, tmp_path):
 
     directory = shutil.copytree(stock_checkpoint, tmp_path / "lacking")
     weights = load_file(directory / "model.safetensors")
-    lost = next(key for key in weights if "k_proj" in key)
+    lost = a_projection(weights, "k_proj")
     save_file(
         {k: v for k, v in weights.items() if k != lost}, directory / "model.safetensors", {"format": "pt"}
     )
@@ -117,7 +118,7 @@ def test_undefined_logits_are_refused(stock_checkpoint, tmp_path):
 
     directory = shutil.copytree(stock_checkpoint, tmp_path / "nan")
     weights = load_file(directory / "model.safetensors")
-    key = next(key for key in weights if "v_proj" in key)
+    key = a_projection(weights, "v_proj")
     weights[key] = torch.full_like(weights[key], torch.nan)
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="not finite"):
@@ -125,22 +126,23 @@ def test_undefined_logits_are_refused(stock_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["naive", "static"])
-def test_weights_of_other_shapes_are_listed(name, stock_checkpoint, tmp_path):
-    place = edited(stock_checkpoint, tmp_path, intermediate_size=48)
+def test_weights_of_other_shapes_are_listed(name, architecture, stock_checkpoint, tmp_path):
+    place = edited(stock_checkpoint, tmp_path, **{inner_field(architecture): 48})
     with pytest.raises(ValueError, match=r"\(.*64.*\) instead of \(.*48.*\).* of other shapes in all"):
         loaded(name, place)
 
 
 def test_streams_of_other_shapes_are_listed(stream_checkpoint, tmp_path):
     place = edited(stream_checkpoint, tmp_path, transition_rank=3)
-    with pytest.raises(ValueError, match=r"streams.transition_in.weight \(4, 32\) instead of \(3, 32\)"):
+    hidden = AutoConfig.from_pretrained(stream_checkpoint).hidden_size
+    wrong = rf"streams.transition_in.weight \(4, {hidden}\) instead of \(3, {hidden}\)"
+    with pytest.raises(ValueError, match=wrong):
         loaded("spec_stream", place)
 
 
-def test_a_base_of_other_shapes_is_one_line(stock_checkpoint, stream_checkpoint, tmp_path):
+def test_a_base_of_other_shapes_is_one_line(architecture, stock_checkpoint, stream_checkpoint, tmp_path):
     base = edited(stock_checkpoint, tmp_path)
-    place = edited(
-        stream_checkpoint, tmp_path / "streams", base_model_name_or_path=str(base), intermediate_size=48
-    )
+    values = {"base_model_name_or_path": str(base), inner_field(architecture): 48}
+    place = edited(stream_checkpoint, tmp_path / "streams", **values)
     with pytest.raises(ValueError, match="restore both together|shapes"):
         loaded("spec_stream", place)

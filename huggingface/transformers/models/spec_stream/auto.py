@@ -7,14 +7,20 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from .architectures.gpt2 import StreamGPT2Config, StreamGPT2LMHeadModel
 from .architectures.gpt_neo import StreamGPTNeoConfig, StreamGPTNeoForCausalLM
 from .architectures.llama import StreamLlamaConfig, StreamLlamaForCausalLM
+from .architectures.mistral import StreamMistralConfig, StreamMistralForCausalLM
+from .architectures.qwen2 import StreamQwen2Config, StreamQwen2ForCausalLM
 from .configuration_spec_stream import StreamConfig
 from .modeling_spec_stream import StreamDecoder
 
 _ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], type[StreamDecoder]]] = {
+    "gpt2": (StreamGPT2Config, StreamGPT2LMHeadModel),
     "gpt_neo": (StreamGPTNeoConfig, StreamGPTNeoForCausalLM),
     "llama": (StreamLlamaConfig, StreamLlamaForCausalLM),
+    "mistral": (StreamMistralConfig, StreamMistralForCausalLM),
+    "qwen2": (StreamQwen2Config, StreamQwen2ForCausalLM),
 }
 _BY_STREAM_TYPE = {config.model_type: (config, model) for config, model in _ARCHITECTURES.values()}
 

@@ -3,7 +3,8 @@
 Eager modules cost a launch for every small operation, and at batch size 1 launches are what a step is made of. Here a layer is
 seven kernels: norm, one product for query, key and value, attention (which also writes the cache), output product with the
 residual, norm, and the two products of the MLP with bias, activation and residual in them. Weights stay where they are; the
-three projections, and a gated MLP's two, are laid out side by side once, and the modules' parameters become views of that.
+three projections, and a gated MLP's two, are laid out side by side once, and the modules' parameters become views of that. So do
+GPT-2's, which hold a weight as (in, out): the kernels read (out, in), and the parameter becomes the transposed view.
 
 An architecture says by name where its parts are (:class:`LayerNames`). Whatever these kernels do not know is a reason not to be
 fused (:func:`unfused_reason`), never a wrong result.
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...integrations import fused_norm
 from ...integrations.fused_norm import add_norm
-from ...integrations.packed_linear import PackedLinear
+from ...integrations.packed_linear import PACKED, outputs_first
 from ...integrations.quantized_linear import QuantizedLinear, QuantizedWeight, quantized_linear
 from ...integrations.rotary import apply_rotary_
 from ...integrations.skinny_linear import finish, linear, runs_here
@@ -46,14 +48,14 @@ class LayerNames:
 
     Attributes:
         norm, mlp_norm: normalisation in front of attention and MLP.
-        projections: query, key and value.
+        projections: query, key and value; or the one module that makes all three, in this order.
         output: attention's output product.
         expand: the MLP's first product; two for a gated MLP, the activated one first.
         contract: the MLP's last product.
     """
 
     norm: str
-    projections: tuple[str, str, str]
+    projections: tuple[str, ...]
     output: str
     mlp_norm: str
     expand: tuple[str, ...]
@@ -87,7 +89,7 @@ def _unfused_layer(layer: nn.Module, names: LayerNames) -> str | None:
     linears = (*names.projections, names.output, *names.expand, names.contract)
     for name in linears:
         # Packed ones, in a model that has run on a CPU, keep their weight as it was.
-        if type(layer.get_submodule(name)) not in (nn.Linear, PackedLinear, QuantizedLinear):
+        if type(layer.get_submodule(name)) not in (*PACKED.keys(), *PACKED.values(), QuantizedLinear):
             return f"{name} is a {type(layer.get_submodule(name)).__name__}, which no fused product reads"
     for group in (names.projections, names.expand):
         if len({getattr(layer.get_submodule(name), "kind", None) for name in group}) > 1:
@@ -106,20 +108,18 @@ class _Product:
     updates: list[tuple[slice, Any]]
 
     @classmethod
-    def of(cls, modules: list[nn.Linear], updates: list[Any]) -> _Product:
+    def of(cls, modules: list[nn.Linear | Conv1D], updates: list[Any]) -> _Product:
         """Lays the modules' weights side by side and makes their parameters views of that."""
-        weight: torch.Tensor | QuantizedWeight = modules[0].weight.data
+        counts = [len(outputs_first(module)) for module in modules]
+        weight: torch.Tensor | QuantizedWeight = _share_weights(modules, counts)
         bias = modules[0].bias
-        if len(modules) > 1:
-            weight = _share([module.weight for module in modules])
-            bias = _share([module.bias for module in modules]) if bias is not None else None
-        if isinstance(modules[0], QuantizedLinear):
-            rest = {name: [getattr(module, name) for module in modules] for name in modules[0].scale_names}
-            stored = {
-                name: _share(parts) if len(parts) > 1 else parts[0].data for name, parts in rest.items()
-            }
-            weight = modules[0].read({"weight": weight, **stored})
-        ends = torch.tensor([0, *(module.out_features for module in modules)]).cumsum(0).tolist()
+        if len(modules) > 1 and bias is not None:
+            bias = _share("bias", modules, counts)
+        first = modules[0]
+        if isinstance(first, QuantizedLinear):
+            scales = {name: _share(name, modules, counts) for name in first.scale_names}
+            weight = first.read({"weight": weight, **scales})
+        ends = torch.tensor([0, *counts]).cumsum(0).tolist()
         spans = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
         return cls(weight, bias, [pair for pair in zip(spans, updates, strict=True) if pair[1] is not None])
 
@@ -152,12 +152,20 @@ def _enter(
     return normed, hidden, None
 
 
-def _share(parameters: list[Any]) -> torch.Tensor:
-    together = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(
-        parameters, together.split([len(parameter) for parameter in parameters]), strict=True
-    ):
-        parameter.data = part
+def _share_weights(modules: list[nn.Linear | Conv1D], counts: list[int]) -> torch.Tensor:
+    """Returns (sum of counts, in) contiguous weights, which the modules' parameters are now views of."""
+    weights = [outputs_first(module) for module in modules]
+    together = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+    for module, part in zip(modules, together.split(counts), strict=True):
+        module.weight.data = part.t() if isinstance(module, Conv1D) else part
+    return together
+
+
+def _share(name: str, modules: list[Any], counts: list[int]) -> torch.Tensor:
+    """Returns the modules' parameters of a name, one row or number an output, side by side; they are now views of that."""
+    together = torch.cat([getattr(module, name).data for module in modules])
+    for module, part in zip(modules, together.split(counts), strict=True):
+        getattr(module, name).data = part
     return together
 
 
@@ -170,6 +178,7 @@ class _Layer:
     expand: _Product
     contract: _Product
     window: int | None
+    scaling: float
 
 
 def _nothing() -> None:
@@ -206,7 +215,6 @@ class FusedLayers:
         self.source = weights_of(model)
         self.activation = ACTIVATIONS[model.mlp_activation()]
         self.gated = len(model.layer_names.expand) == 2
-        self.scaling = model.attention_scaling()
         self.layers = [self._layer(index) for index in range(len(model.decoder_layers()))]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -231,6 +239,7 @@ class FusedLayers:
             expand=product(*names.expand),
             contract=product(names.contract),
             window=self.model.layer_window(index),
+            scaling=self.model.attention_scaling(index),
         )
 
     def run(
@@ -266,7 +275,7 @@ class FusedLayers:
                 cos, sin = rotary
                 apply_rotary_(projected, cos, sin, self.heads(slots, projected), slots.keys.shape[1])
             attended = tree_attention(
-                projected, slots.keys, slots.values, lengths, rows, self.scaling, layer.window, workspace
+                projected, slots.keys, slots.values, lengths, rows, layer.scaling, layer.window, workspace
             )
             # Few rows: the product adds the residual. Many: the library's product cannot, the next norm does.
             hidden, update = self._add(layer.output, attended, hidden, streams)

@@ -89,8 +89,8 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         size = getattr(self.config, "head_dim", None)
         return size or self.config.hidden_size // self.config.num_attention_heads
 
-    def attention_scaling(self) -> float:
-        """Returns the factor on attention scores."""
+    def attention_scaling(self, index: int = 0) -> float:
+        """Returns the factor on a layer's attention scores."""
         return self.head_size() ** -0.5
 
     def mlp_activation(self) -> str:

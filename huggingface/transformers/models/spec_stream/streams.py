@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
 
 from .configuration_spec_stream import StreamConfig
 
@@ -61,10 +62,8 @@ class Streams(nn.Module):
             return
         for index in range(self.first_layer, len(layers)):
             for name in linear_names:
-                linear: Any = layers[index].get_submodule(
-                    name
-                )  # an nn.Linear, or what quantisation made of it
-                lora = GatedLora(linear.in_features, linear.out_features, self.config.lora_rank)
+                linear = layers[index].get_submodule(name)
+                lora = GatedLora(*_sizes(linear), self.config.lora_rank)
                 self.lora[_lora_key(index, name)] = lora
                 linear.register_forward_hook(partial(self._add_update, lora))
 
@@ -98,6 +97,13 @@ class Streams(nn.Module):
     def pruning_state(self, nodes: torch.Tensor) -> torch.Tensor:
         """Returns (batch, nodes, hidden) states to read early next-token scores from, before the final norm and the LM head."""
         return nodes + self.pruning_up(F.silu(self.pruning_down(nodes)))
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    """Returns inputs and outputs of a linear map: an `nn.Linear`, what quantisation made of it, or GPT-2's `Conv1D`."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
 
 
 def _lora_key(index: int, name: str) -> str:

@@ -55,9 +55,9 @@ def _remembered() -> Callable:
     return positions_and_visibility
 
 
-def use_host_runner(monkeypatch) -> None:
-    """Makes `generate` take the captured path on a CPU, on the plain references."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def use_host_runner(monkeypatch, interpret: bool = False) -> None:
+    """Makes `generate` take the captured path on a CPU, on the plain references or on the interpreted kernels."""
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpret)))
     monkeypatch.setattr(tree_attention, "_positions_and_visibility", _remembered())
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)

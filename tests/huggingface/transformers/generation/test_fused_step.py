@@ -18,6 +18,8 @@ from huggingface.transformers.generation.fused_step import FusedStep
 from huggingface.transformers.generation.graph_runner import release_runners
 from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.generation.verification import Rule
+from huggingface.transformers.integrations.triton_support import interpreting
+from tests.architectures import with_heads_of
 
 from .host_runner import use_host_runner
 from .test_sampling import _p_value as p_value
@@ -94,6 +96,16 @@ def test_any_plan_any_batch(architecture, make_fused):
         check_equal(model, prompts, length, plan)
 
     check()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not interpreting(), reason="no Triton to interpret")
+def test_interpreted_kernels_take_the_same_step(architecture, make_model, monkeypatch):
+    """All kernels of a step together, behind a text longer than the windows; heads of a size that they know."""
+    fields = {"transition_rank": 0, "stream_layers": 1, **with_heads_of(architecture, 16)}
+    model = copy.deepcopy(make_model(architecture, torch.float32, **fields))
+    use_host_runner(monkeypatch, interpret=True)
+    check_equal(model, [list(range(1, 10))], 3, grown(3, 2))
 
 
 @pytest.mark.slow
@@ -291,8 +303,8 @@ def on_gpu(make_model):
     """Returns `on_gpu(architecture, dtype, **fields)`: a model with heads of a size that the kernels know."""
 
     def make(architecture, dtype=torch.float32, **fields):
-        hidden = 64 if architecture == "gpt_neo" else 128
-        return copy.deepcopy(make_model(architecture, dtype, hidden_size=hidden, **fields)).cuda()
+        heads = with_heads_of(architecture, 32)
+        return copy.deepcopy(make_model(architecture, dtype, **heads, **fields)).cuda()
 
     return make
 

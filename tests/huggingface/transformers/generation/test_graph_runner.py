@@ -32,6 +32,7 @@ from huggingface.transformers.generation.graph_runner import (
 from huggingface.transformers.generation.step_record import PhaseTimer
 from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.generation.verification import Rule
+from tests.architectures import with_heads_of
 
 from .host_runner import HostRunner, use_host_runner
 
@@ -44,8 +45,8 @@ def make_known(make_model):
     """Returns `make_known(architecture, **fields)`: a model of one's own with heads of a size that the kernels know."""
 
     def make(architecture, **fields):
-        hidden = 32 if architecture == "gpt_neo" else 64
-        return copy.deepcopy(make_model(architecture, torch.float32, hidden_size=hidden, **fields))
+        heads = with_heads_of(architecture, 16)
+        return copy.deepcopy(make_model(architecture, torch.float32, **heads, **fields))
 
     return make
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from huggingface.transformers.integrations import packed_linear
 from huggingface.transformers.integrations.packed_linear import (
-    PackedLinear,
+    PACKED,
+    outputs_first,
     pack_linears,
     packed_linear_reference,
     project_together,
@@ -37,21 +39,41 @@ def test_equals_the_reference(rows, shape, bias):
     assert float((got - exact).abs().max()) <= 2 * loss + 1e-6
 
 
-def test_a_changed_weight_is_packed_anew():
-    layer = nn.Linear(8, 8)
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize("shape", [(1, 3), (17, 5), (1025, 1024)])
+def test_a_weight_kept_as_inputs_by_outputs_equals_the_reference(rows, shape, monkeypatch):
+    """GPT-2's layer; that it takes the packed product, and not its own, is seen too."""
+    layer = Conv1D(*shape)
+    nn.init.normal_(layer.bias)
+    packed = []
+    make = packed_linear._Packed
+    monkeypatch.setattr(packed_linear, "_Packed", lambda layers: packed.append(1) or make(layers))
+    assert pack_linears(nn.Sequential(layer)) == 1
+    x = torch.randn(2, rows, shape[1])
+    with torch.no_grad():
+        got = layer(x)
+        plain = packed_linear_reference(x, layer.weight.t(), layer.bias)
+    torch.testing.assert_close(got, plain)
+    assert len(packed) == (rows > 1 or layer.weight.numel() >= packed_linear.LARGE_WEIGHT)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_changed_weight_is_packed_anew(kind):
+    layer = kind(8, 8)
     pack_linears(nn.Sequential(layer))
     x = torch.randn(1, 4, 8)
     with torch.no_grad():
         layer(x)
         layer.weight.mul_(2.0)
-        torch.testing.assert_close(layer(x), packed_linear_reference(x, layer.weight, layer.bias))
+        torch.testing.assert_close(layer(x), packed_linear_reference(x, outputs_first(layer), layer.bias))
 
 
-def test_training_and_names_are_untouched():
-    layer = nn.Linear(8, 8)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_training_and_names_are_untouched(kind):
+    layer = kind(8, 8)
     names = list(layer.state_dict())
     pack_linears(nn.Sequential(layer))
-    assert isinstance(layer, PackedLinear)
+    assert type(layer) is PACKED[kind]
     assert list(layer.state_dict()) == names
     layer(torch.randn(1, 4, 8)).sum().backward()
     assert layer.weight.grad is not None

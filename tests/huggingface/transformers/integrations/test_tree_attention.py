@@ -194,7 +194,7 @@ def test_ragged_lengths(lengths, window):
     step(sequence(6, 5, 0, 3, streams=3), lengths, slots=SPLIT_SLOTS, window=window).assert_like_reference()
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
 def test_grouped_heads(group):
     rows = tree([-1, 0, 0, 1, 1, 2, 5], streams=2)
     step(rows, [90], heads=2 * group, kv_heads=2, slots=SPLIT_SLOTS).assert_like_reference()

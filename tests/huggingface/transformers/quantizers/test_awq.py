@@ -19,7 +19,7 @@ OTHER = torch.randint(1, 13, (4, 24), generator=torch.Generator().manual_seed(1)
 
 @pytest.fixture
 def model(architecture, make_model):
-    return make_model(architecture, hidden_size=64).float()
+    return make_model(architecture, hidden_size=96).float()
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def test_named_modules_stay_as_they_are(saved):
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_streams_stay_exact_against_the_same_quantised_model(config, architecture, make_model, tmp_path):
     """Updates of stream rows hang on hooks of the layers that were swapped."""
-    model = make_model(architecture, hidden_size=32)
+    model = make_model(architecture, hidden_size=48)
     for name, parameter in model.streams.named_parameters():
         if name.endswith("up.weight"):
             nn.init.normal_(parameter, std=0.3)

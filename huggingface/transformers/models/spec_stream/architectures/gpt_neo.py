@@ -57,7 +57,7 @@ class StreamGPTNeoForCausalLM(StreamDecoder, SpecGPTNeoForCausalLM):
     def last_norm(self) -> nn.Module:
         return self.transformer.ln_f
 
-    def attention_scaling(self) -> float:
+    def attention_scaling(self, index: int = 0) -> float:
         return 1.0
 
     def mlp_activation(self) -> str:

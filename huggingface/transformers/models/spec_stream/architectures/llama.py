@@ -1,6 +1,8 @@
-"""Streams on Llama: rotary positions, grouped key/value heads, RMSNorm."""
+"""Streams on Llama: rotary positions, grouped key/value heads, RMSNorm. Families of the same layout start from it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,18 +14,10 @@ from ..fused_layers import LayerNames
 from ..modeling_spec_stream import StreamDecoder
 
 
-class StreamLlamaConfig(StreamFields, LlamaConfig):
-    """Llama's configuration with streams."""
+class LlamaLayout(StreamDecoder):
+    """Where the parts of a decoder are whose modules are named and called as Llama's."""
 
-    model_type = "spec_stream_llama"
-
-
-class StreamLlamaForCausalLM(StreamDecoder, LlamaForCausalLM):
-    """Llama with streams."""
-
-    config_class = StreamLlamaConfig
-    stock_config_class = LlamaConfig
-    stock_class = LlamaForCausalLM
+    model: Any
     stream_linears = (
         "self_attn.q_proj",
         "self_attn.k_proj",
@@ -61,3 +55,17 @@ class StreamLlamaForCausalLM(StreamDecoder, LlamaForCausalLM):
 
     def mlp_activation(self) -> str:
         return self.config.hidden_act
+
+
+class StreamLlamaConfig(StreamFields, LlamaConfig):
+    """Llama's configuration with streams."""
+
+    model_type = "spec_stream_llama"
+
+
+class StreamLlamaForCausalLM(LlamaLayout, LlamaForCausalLM):
+    """Llama with streams."""
+
+    config_class = StreamLlamaConfig
+    stock_config_class = LlamaConfig
+    stock_class = LlamaForCausalLM

@@ -15,7 +15,7 @@ from torch import nn
 from huggingface.transformers.cache_utils import StaticTreeCache
 from huggingface.transformers.generation.decode_step import DecodeState, _forward
 from huggingface.transformers.generation.draft_tree import DraftTree, TreeShape
-from huggingface.transformers.integrations.packed_linear import PackedLinear
+from huggingface.transformers.integrations.packed_linear import PACKED
 from huggingface.transformers.integrations.tree_attention import AttentionWorkspace, StepRows
 from huggingface.transformers.integrations.tree_drafting import as_bits
 from huggingface.transformers.models.spec_stream.fused_layers import (
@@ -23,6 +23,7 @@ from huggingface.transformers.models.spec_stream.fused_layers import (
     fused_layers_of,
     unfused_reason,
 )
+from tests.architectures import SMALL_HEAD, with_heads_of
 
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -225,7 +226,7 @@ def known(fresh):
     """Returns `known(architecture, **fields)`: a model with heads of a size that the kernels know."""
 
     def make(architecture, **fields):
-        return fresh(architecture, hidden_size=32 if architecture == "gpt_neo" else 64, **fields)
+        return fresh(architecture, **with_heads_of(architecture, 16), **fields)
 
     return make
 
@@ -240,8 +241,7 @@ def test_an_unknown_activation_is_a_reason(known):
 
 
 def test_an_unknown_head_size_is_a_reason(architecture, fresh):
-    size = {"gpt_neo": 8, "llama": 4}[architecture]
-    assert f"heads of {size} features" in unfused_reason(fresh(architecture))
+    assert f"heads of {SMALL_HEAD[architecture]} features" in unfused_reason(fresh(architecture))
 
 
 def test_an_architecture_without_names_is_a_reason(architecture, known):
@@ -261,17 +261,16 @@ def test_a_replaced_linear_is_a_reason(architecture, index, known):
     names = model.layer_names
     for name in (*names.projections, names.output, *names.expand, names.contract):
         linear = model.decoder_layers()[index].get_submodule(name)
-        linear.__class__ = _Quantised
+        kind, linear.__class__ = type(linear), _Quantised
         assert f"{name} is a _Quantised" in (unfused_reason(model) or "")
-        linear.__class__ = nn.Linear
+        linear.__class__ = kind
 
 
 def test_a_model_that_has_run_on_a_cpu_is_fused(architecture, known):
     """There its linears are packed, in place; on a GPU a packed linear is a plain one."""
     model = known(architecture)
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = PackedLinear
+        module.__class__ = PACKED.get(type(module), type(module))
     assert unfused_reason(model) is None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import GPTJConfig
 
 from huggingface.transformers.generation.draft_sources import StreamSource
 from huggingface.transformers.generation.draft_tree import TreeShape
@@ -14,6 +14,7 @@ from huggingface.transformers.models.spec_stream import (
     stream_config_from,
     supported_architectures,
 )
+from tests.architectures import FAMILIES
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
 
@@ -119,9 +120,9 @@ def test_more_stream_layers_than_layers_is_refused(architecture, make_model):
 
 
 def test_an_unknown_architecture_names_the_known_ones():
-    with pytest.raises(ValueError, match="gpt_neo, llama"):
-        stream_config_from(GPT2Config(), streams=2)
-    assert supported_architectures() == ["gpt_neo", "llama"]
+    with pytest.raises(ValueError, match="gptj.*supported: gpt2, gpt_neo, llama, mistral, qwen2"):
+        stream_config_from(GPTJConfig(), streams=2)
+    assert supported_architectures() == sorted(FAMILIES)
 
 
 def test_stock_config_and_back(architecture, make_model):
