@@ -11,6 +11,7 @@ from benchmark.errors import UsageError
 SHIPPED_CHECKPOINT = "checkpoints/spec_stream_9m"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ON_LONG = ("truncate_left", "skip", "error")
+WIKITEXT2, REFERENCES = "wikitext2", "references"
 PLACE_FIELDS = ("output_dir", "run_name", "resume", "overwrite", "timeout_s")
 
 
@@ -22,11 +23,19 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in _names(text))
 
 
+def _is_off(text: str) -> bool:
+    return text.lower() in ("off", "none", "false", "")
+
+
 def _ratios(text: str) -> tuple[float, ...]:
-    return () if text.lower() in ("off", "none", "false", "") else tuple(float(part) for part in _names(text))
+    return () if _is_off(text) else tuple(float(part) for part in _names(text))
 
 
-def _draft_nodes(text: str) -> int | str:
+def _texts(text: str) -> tuple[str, ...]:
+    return () if _is_off(text) else _names(text)
+
+
+def _auto_or_number(text: str) -> int | str:
     return "auto" if text == "auto" else int(text)
 
 
@@ -100,11 +109,22 @@ class RunConfig:
         (), "acceptance ratios, 0 to 1, at which to measure the drafting techniques", _ratios, "off|X[,X...]"
     )
     draft_nodes: int | str = option(
-        "auto", "nodes of the draft tree; auto takes the tuned number", _draft_nodes, "auto|N"
+        "auto", "nodes of the draft tree; auto takes the tuned number", _auto_or_number, "auto|N"
     )
     dtype: str = option("auto", "auto: float32 on CPU, bfloat16 on CUDA", choices=DTYPES)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", shape="NAME")
     breakdown: bool = option(True, "measure the phases of a step in a run of their own")
+    perplexity: tuple[str, ...] = option(
+        (), "texts whose perplexity is a quality column: wikitext2 (--data_dir, hub or own sample), references", _texts,
+        "off|NAME[,NAME]",
+    )  # fmt: skip
+    perplexity_window: int | str = option(
+        "auto", "tokens of a window of wikitext2; auto: the model's positions, at most 2048", _auto_or_number, "auto|N"
+    )  # fmt: skip
+    perplexity_stride: int | str = option(
+        "auto", "tokens from one window to the next; auto: half a window", _auto_or_number, "auto|N"
+    )
+    perplexity_tokens: int = option(32768, "tokens of wikitext2 that are read; 0 is all", int, "N")
     timeout_s: float = option(600.0, "seconds after which one answer counts as hung", float, "X")
     output_dir: str = option("results", "folder of the run directories", shape="PATH")
     run_name: str | None = option(None, "name of the run directory; default: date and hash of the options")
@@ -124,9 +144,11 @@ class RunConfig:
             "max_new_tokens": 0,
             "num_runs": 1,
             "warmup": 0,
+            "perplexity_tokens": 0,
         }.items():
             _at_least(name, getattr(self, name), least)
         self._check_sampling()
+        self._check_perplexity()
         if self.draft_nodes != "auto":
             _at_least("draft_nodes", int(self.draft_nodes), 1)
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
@@ -134,9 +156,9 @@ class RunConfig:
         self._check_places()
 
     def _check_lists(self) -> None:
-        for name in ("model_type", "datasets", "batch_size"):
+        for name in ("model_type", "datasets", "batch_size", "perplexity"):
             values = getattr(self, name)
-            if not values:
+            if not values and name != "perplexity":
                 _refuse(name, "nothing", "at least one value")
             if len(set(values)) < len(values):
                 _refuse(name, ",".join(map(str, values)), "each value once")
@@ -162,6 +184,20 @@ class RunConfig:
             raise UsageError(
                 "--acceptance_sweep needs greedy decoding: leave out --temperature, or the sweep."
             )
+
+    def _check_perplexity(self) -> None:
+        for name in self.perplexity:
+            if name not in (WIKITEXT2, REFERENCES):
+                _refuse("perplexity", name, f"some of {WIKITEXT2}, {REFERENCES}, or off")
+        for item in fields(self):
+            given = getattr(self, item.name) != item.default
+            if item.name.startswith("perplexity_") and given and WIKITEXT2 not in self.perplexity:
+                raise UsageError(f"--{item.name} has no text to go by: add --perplexity {WIKITEXT2}.")
+        window, stride = self.perplexity_window, self.perplexity_stride
+        if window != "auto":
+            _at_least("perplexity_window", int(window), 2)
+        if stride != "auto":
+            _at_least("perplexity_stride", int(stride), 1)
 
     def _check_places(self) -> None:
         kind, _, index = self.device.partition(":")

@@ -12,6 +12,7 @@ DATASET_LABELS = {
     "dialogsum": "DialogSum",
     "e2e_nlg": "E2E-NLG",
     "synthetic": "synthetic",
+    "wikitext2": "WikiText-2",
 }
 
 

@@ -11,12 +11,21 @@ from benchmark import checkpoint as checkpoints
 from benchmark.answers import Examples
 from benchmark.assistant import open_assistant
 from benchmark.checkpoint import Checkpoint
-from benchmark.config import RunConfig
+from benchmark.config import WIKITEXT2, RunConfig
 from benchmark.errors import RunError, UsageError
 from benchmark.hub_checkpoint import fetch
 from benchmark.plan import Contender, RunPlan, make_groups
 from benchmark.selection import Selection, estimates, needs_assistant
-from datasets_code import DATASETS, DataError, Dataset, LoadedSet, MissingDataError, get_dataset
+from datasets_code import (
+    DATASETS,
+    DataError,
+    Dataset,
+    LoadedSet,
+    LoadedText,
+    MissingDataError,
+    WikiText2,
+    get_dataset,
+)
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,10 +40,12 @@ class Data:
     Args:
         sets: data set -> what scores it.
         loaded: data set -> examples, source, skipped rows.
+        text: the running text whose perplexity is asked for, None where none is.
     """
 
     sets: Mapping[str, Dataset]
     loaded: Mapping[str, LoadedSet]
+    text: LoadedText | None = None
 
     @property
     def examples(self) -> Examples:
@@ -56,15 +67,21 @@ class Data:
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `config.json` says of the data."""
+        parts: dict[str, LoadedSet | LoadedText] = dict(self.loaded)
+        if self.text is not None:
+            parts[WIKITEXT2] = self.text
         return {
-            "data_source": {name: part.source for name, part in self.loaded.items()},
-            "data_fingerprint": {name: _fingerprint(part) for name, part in self.loaded.items()},
-            "data_notes": {name: part.note for name, part in self.loaded.items() if part.note},
+            "data_source": {name: part.source for name, part in parts.items()},
+            "data_fingerprint": {name: _fingerprint(part) for name, part in parts.items()},
+            "data_notes": {name: part.note for name, part in parts.items() if part.note},
         }
 
 
-def _fingerprint(part: LoadedSet) -> str:
-    text = "\0".join(f"{item.id}\0{item.prompt.text}\0{item.references}" for item in part.examples)
+def _fingerprint(part: LoadedSet | LoadedText) -> str:
+    if isinstance(part, LoadedText):
+        text = part.text
+    else:
+        text = "\0".join(f"{item.id}\0{item.prompt.text}\0{item.references}" for item in part.examples)
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -95,43 +112,45 @@ def open_checkpoint(config: RunConfig) -> Checkpoint:
 
 
 def load_data(config: RunConfig) -> Data:
-    """Returns the prompts of all data sets.
+    """Returns the prompts of all data sets, and the running text where one is asked for.
 
     Raises:
         UsageError: a folder that was asked for is missing.
         RunError: data that cannot be read.
     """
-    sets: dict[str, Dataset] = {}
-    loaded: dict[str, LoadedSet] = {}
     folder = Path(config.data_dir) if config.data_dir else None
-    for name in config.datasets:
-        try:
-            sets[name] = get_dataset(
-                name, **({"prompt_tokens": config.prompt_tokens} if name == "synthetic" else {})
-            )
-            loaded[name] = sets[name].load(SPLIT, folder, config.limit, config.seed)
-        except MissingDataError as error:
-            raise UsageError(str(error)) from None
-        except DataError as error:
-            raise RunError(str(error)) from None
-        part = loaded[name]
-        logger.info(
-            "%s: %d prompts from %s%s",
-            name,
-            len(part.examples),
-            part.source,
-            f" ({part.note})" if part.note else "",
-        )
-        if part.skipped:
-            first = part.skipped[0]
-            logger.warning(
-                "%s: %d rows skipped, the first is row %d: %s",
-                name,
-                len(part.skipped),
-                first.index,
-                first.reason,
-            )
-    return Data(sets, loaded)
+    try:
+        text = _load_text(folder) if WIKITEXT2 in config.perplexity else None
+        sets = {name: _dataset(name, config) for name in config.datasets}
+        loaded = {name: one.load(SPLIT, folder, config.limit, config.seed) for name, one in sets.items()}
+    except MissingDataError as error:
+        raise UsageError(str(error)) from None
+    except DataError as error:
+        raise RunError(str(error)) from None
+    for name, part in loaded.items():
+        _tell(name, part)
+    return Data(sets, loaded, text)
+
+
+def _dataset(name: str, config: RunConfig) -> Dataset:
+    return get_dataset(name, **({"prompt_tokens": config.prompt_tokens} if name == "synthetic" else {}))
+
+
+def _load_text(folder: Path | None) -> LoadedText:
+    text = WikiText2().load(folder)
+    logger.info("%s: %d characters from %s", WIKITEXT2, len(text.text), _origin(text))
+    return text
+
+
+def _tell(name: str, part: LoadedSet) -> None:
+    logger.info("%s: %d prompts from %s", name, len(part.examples), _origin(part))
+    if part.skipped:
+        first, count = part.skipped[0], len(part.skipped)
+        logger.warning("%s: %d rows skipped, the first is row %d: %s", name, count, first.index, first.reason)
+
+
+def _origin(part: LoadedSet | LoadedText) -> str:
+    return f"{part.source} ({part.note})" if part.note else part.source
 
 
 def first_plan(

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmark.describe import dataset_label, failures, remarks, setting_label, workload_label
 from benchmark.saved_run import ResultsError, SavedRun, is_measured
-from benchmark.table import draft_tree
+from benchmark.table import draft_tree, quality
 
 Table = list[list[str]]
 MIB = 2**20
@@ -144,7 +144,7 @@ def _detail_row(row: Mapping[str, Any]) -> list[str]:
         number(row.get("ttft_s"), 1e3),
         number(row.get("tpot_s"), 1e3),
         number(row.get("peak_memory_bytes"), 1 / MIB),
-        ", ".join(f"{name} {_score(value)}" for name, value in (row.get("quality") or {}).items()),
+        quality(row),
     ]
 
 
@@ -155,10 +155,6 @@ def _ratio(row: Mapping[str, Any], field: str) -> str:
     if not interval or None in interval or interval[0] == interval[1]:
         return f"{ratio:.2f}"
     return f"{ratio:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
-
-
-def _score(value: float | int) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 def _share(value: Any) -> str:

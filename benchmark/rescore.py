@@ -3,10 +3,12 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmark.files import write_csv, write_json
 from benchmark.records import OK
 from benchmark.saved_run import SavedRun, read_object
+from benchmark.table import PREFIX
 from datasets_code import DataError, Dataset, Example, MissingDataError, Score, get_dataset
 
 Cell = tuple[str, str, int]
@@ -40,9 +42,15 @@ def rescore(run: SavedRun, data_dir: Path | None) -> None:
         for row in summary["rows"]:
             if row["dataset"] == dataset and row["status"] == OK:
                 score = _score(scorer, examples, answers[row["model_type"], dataset, row["batch_size"]])
-                row |= {"quality": score.values, "quality_unavailable": score.unavailable}
+                row["quality"] = score.values | _perplexities(row.get("quality"))
+                row["quality_unavailable"] = score.unavailable | _perplexities(row.get("quality_unavailable"))
     write_json(run.path / "summary.json", summary)
     write_csv(run.path / "summary.csv", summary["rows"])
+
+
+def _perplexities(quality: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the part of a row's quality that belongs to the weights, which saved answers cannot tell anew."""
+    return {name: value for name, value in (quality or {}).items() if name.startswith(PREFIX)}
 
 
 def _answers(run: SavedRun) -> dict[Cell, dict[str, str]]:

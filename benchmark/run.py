@@ -16,6 +16,7 @@ from benchmark.files import read_json, write_csv, write_json
 from benchmark.gap_scoring import score_divergences
 from benchmark.lock import RunLock
 from benchmark.measure import Measurement
+from benchmark.perplexity import Told, check_flags, is_missing, measure_perplexity, with_perplexity
 from benchmark.plan import Cell, RunPlan
 from benchmark.preparation import (
     ROOT,
@@ -48,6 +49,7 @@ def carry_out(config: RunConfig, loader: str) -> RunDirectory:
     selection.wanted(config)
     check_data_flags(config)
     checkpoint = open_checkpoint(config)
+    check_flags(config, checkpoint.config)
     name = run_directory.run_name(config, checkpoint.fingerprint, datetime.now(UTC).date())
     directory = run_directory.make(config, name)
     with RunLock(directory.path):
@@ -69,7 +71,12 @@ def _summary(directory: RunDirectory) -> Any:
 
 def is_finished(summary: Mapping[str, Any] | None) -> bool:
     """Returns whether a run has nothing left to do: every cell was measured, or cannot be here."""
-    return summary is not None and all(row["status"] in SETTLED for row in summary["rows"])
+    return summary is not None and not any(_is_open(row) for row in summary["rows"])
+
+
+def _is_open(row: Mapping[str, Any]) -> bool:
+    """Returns whether something of a row failed that the same command asks for again."""
+    return row["status"] not in SETTLED or is_missing(row)
 
 
 def _measure(
@@ -104,7 +111,8 @@ def _measure(
         found: Sequence[Divergence] = ()
         if plan.greedy:
             found = score_divergences(config, plan.baseline, data.examples, crew, directory)
-    _summarise(config, plan, data, directory, saved, found)
+        perplexities = measure_perplexity(config, plan, data, crew, directory)
+    _summarise(config, plan, data, directory, saved, found, perplexities)
 
 
 def _begin(
@@ -154,6 +162,7 @@ def _summarise(
     directory: RunDirectory,
     saved: Mapping[str, Any],
     found: Sequence[Divergence],
+    perplexities: Sequence[Told],
 ) -> None:
     records = directory.records()
     facts = Facts(
@@ -163,9 +172,10 @@ def _summarise(
         divergences=found,
         random_weights=config.random_weights,
     )
-    rows = [row.as_json() for row in summarise(records, plan, quality_of(records, data), facts)]
+    quality = with_perplexity(quality_of(records, data), perplexities)
+    rows = [row.as_json() for row in summarise(records, plan, quality, facts)]
     skipped = data.skipped_rows()
-    failed = any(row["status"] not in SETTLED for row in rows)
+    failed = any(_is_open(row) for row in rows)
     lost = bool(skipped) or any(row["prompts_skipped"] for row in rows)
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

@@ -21,6 +21,7 @@ OTHER_FILES = (
     "environment.json",
     "techniques.json",
     "divergences.jsonl",
+    "perplexity.jsonl",
     "summary.json",
     "summary.csv",
 )

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from benchmark.records import OK
 
 Row = Mapping[str, Any]
+PREFIX = "perplexity_"  # metrics whose names begin with it belong to the weights, not to the answers
 
 
 def _number(key: str, form: str, scale: int = 1) -> Callable[[Row], str]:
@@ -27,8 +28,15 @@ def _ratio(key: str) -> Callable[[Row], str]:
     return show
 
 
-def _quality(row: Row) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in (row.get("quality") or {}).items())
+def quality(row: Row) -> str:
+    """Returns a row's metrics: counts as they are, perplexities with five figures, all else with three."""
+    return ", ".join(f"{name} {_score(name, value)}" for name, value in (row.get("quality") or {}).items())
+
+
+def _score(name: str, value: float | int) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return format(value, ".5g" if name.startswith(PREFIX) else ".3g")
 
 
 def draft_tree(row: Row) -> str:
@@ -49,7 +57,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "nodes": draft_tree,
     "acceptance": _number("acceptance_length", ".2f"),
     "match": _number("match_rate", ".3f"),
-    "quality": _quality,
+    "quality": quality,
 }
 LEFT = ("data set", "technique", "dtype", "quality")
 FOOTER = (
@@ -58,6 +66,10 @@ FOOTER = (
     "nodes: size of the draft tree, and whether it was tuned for this device, given or the default; "
     "acceptance: tokens per decode step, bonus token included; "
     "match: answers equal to {baseline}'s, token for token."
+)
+PERPLEXITY_FOOTER = (
+    "perplexity: exp of the mean negative log-likelihood of a token, natural logarithm; of one tokenizer's tokens, so that only "
+    "models with the same tokenizer compare."
 )
 
 
@@ -77,6 +89,8 @@ def print_table(rows: Iterable[Row], title: str, stream: TextIO | None = None) -
             stream.write(f"{place}: {row['status']}, {row.get('reason')}\n")
     if rows:
         stream.write(FOOTER.format(baseline=rows[0]["model_type"]) + "\n")
+    if any(name.startswith(PREFIX) for row in rows for name in row.get("quality") or ()):
+        stream.write(PERPLEXITY_FOOTER + "\n")
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -8,6 +8,8 @@ goes to stderr instead, which the parent keeps in a log, so that no stray line c
     load      {recipe, checkpoint, device, assistant, draft_nodes, random_weights} -> dtype, weight_bytes, load_s, ...
     generate  {prompts, limits, prompt_tokens, record_phases, acceptance_ratio} -> generations, wall_s, memory
     score     {prompt, token_ids, limits, prompt_tokens}              -> margins, gaps, logprobs of those tokens
+    text_perplexity       {text, window, stride, tokens}              -> perplexity, nll, tokens, window, stride
+    reference_perplexity  {pairs}                                     -> perplexity, nll, tokens, skipped
 
 `kind` is `oom`, `device` (after either the parent ends the process: a device may be unusable), or `error`.
 """
@@ -54,6 +56,8 @@ class Session:
             "load": self.load,
             "generate": self.generate,
             "score": self.score,
+            "text_perplexity": self.text_perplexity,
+            "reference_perplexity": self.reference_perplexity,
         }
         return operations[op](**request)
 
@@ -112,6 +116,14 @@ class Session:
         if prompt_tokens is not None:
             text = list(self.model.tokenizer.encode(prompt))[:prompt_tokens]
         return _fields(self.model.score(text, token_ids, self.loader.Limits(**limits)))
+
+    def text_perplexity(self, **request: Any) -> dict[str, Any]:
+        """Says how well the technique's own weights predict a running text."""
+        return _fields(self.model.text_perplexity(**request))
+
+    def reference_perplexity(self, pairs: list[list[str]]) -> dict[str, Any]:
+        """Says how well they predict the texts that follow prompts."""
+        return _fields(self.model.reference_perplexity(pairs))
 
 
 def serve(session: Session, requests: Iterable[bytes], reply: BinaryIO) -> None:

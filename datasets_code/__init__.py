@@ -9,11 +9,9 @@ from typing import Any
 
 from datasets_code.base import (
     SPLITS,
-    DataError,
     Dataset,
     Example,
     LoadedSet,
-    MissingDataError,
     Prompt,
     Score,
     SkippedRow,
@@ -21,8 +19,10 @@ from datasets_code.base import (
 from datasets_code.dialogsum import DialogSum
 from datasets_code.e2e_nlg import E2ENLG
 from datasets_code.jsonl import JsonLines
+from datasets_code.sources import DataError, MissingDataError
 from datasets_code.spider import Spider
 from datasets_code.synthetic import Synthetic
+from datasets_code.wikitext import LoadedText, WikiText2
 
 DATASETS: dict[str, type[Dataset]] = {
     "spider": Spider,
@@ -55,9 +55,11 @@ __all__ = [
     "Dataset",
     "Example",
     "LoadedSet",
+    "LoadedText",
     "MissingDataError",
     "Prompt",
     "Score",
     "SkippedRow",
+    "WikiText2",
     "get_dataset",
 ]

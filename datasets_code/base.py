@@ -8,28 +8,17 @@ that they take the same path.
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets_code.hub import HubRows, HubSource, HubUnavailable, fetch_rows
+from datasets_code.sources import SOURCES, DataError, RowSource, check_choice
 
 SPLITS = ("train", "validation", "test")
-SOURCES = ("auto", "data_dir", "hub", "samples")
-SAMPLES = Path(__file__).resolve().parent / "samples"
 
 Row = Mapping[str, Any]
-Fetch = Callable[[HubSource, str], HubRows]
-
-
-class DataError(ValueError):
-    """Data that cannot be read; the message holds the file, the line where there is one, and what to do."""
-
-
-class MissingDataError(ValueError):
-    """A folder or file that was asked for and is not there; the message names what was expected and where."""
 
 
 class RowError(ValueError):
@@ -102,39 +91,19 @@ class Score:
         )
 
 
-class Dataset(ABC):
+class Dataset(RowSource):
     """A data set. Subclasses set the class attributes and define `read`, `example` and `score`.
 
     Attributes:
         name: name on the command line, and the folder's name under `--data_dir`.
         metrics: what `score` reports when everything it needs is there.
-        hub: where the hub keeps the same rows; None where it does not.
-        no_hub: why the hub is no source, where `hub` is None.
-        has_samples: whether the project carries its own samples of this set.
         takes_file: whether `--data_dir` may be a single file instead of a folder.
         merged_splits: splits in which rows of one prompt become one example with all their references.
     """
 
-    name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()
-    hub: ClassVar[HubSource | None] = None
-    no_hub: ClassVar[str] = ""
-    has_samples: ClassVar[bool] = True
     takes_file: ClassVar[bool] = False
     merged_splits: ClassVar[frozenset[str]] = frozenset()
-
-    def __init__(self, fetch: Fetch = fetch_rows) -> None:
-        """Sets how rows are fetched from the hub; tests pass their own function."""
-        self.fetch = fetch
-
-    @abstractmethod
-    def read(self, folder: Path, split: str) -> list[Any]:
-        """Returns the raw rows of a split from a folder in the official format.
-
-        Raises:
-            DataError: for a file or line that cannot be parsed.
-            MissingDataError: for a file that is not there.
-        """
 
     @abstractmethod
     def example(self, row: Row, index: int, split: str) -> Example:
@@ -150,7 +119,11 @@ class Dataset(ABC):
 
     def completion(self, example: Example) -> str:
         """Returns the training target as it follows `prompt.text`: one space, then the first reference."""
-        return f" {example.references[0]}"
+        return self.continuations(example)[0]
+
+    def continuations(self, example: Example) -> list[str]:
+        """Returns every reference as it follows `prompt.text`, one space in front; none where there is no reference."""
+        return [f" {reference}" for reference in example.references]
 
     def same_input(self, example: Example) -> Hashable:
         """Returns what the rows of one example have in common, for the splits that are merged."""
@@ -182,59 +155,12 @@ class Dataset(ABC):
         check_choice("source", source, SOURCES)
         if limit is not None and limit < 1:
             raise ValueError(f"--limit is {limit}; it must be at least 1.")
-        rows, origin, note = self._rows(split, data_dir, source)
+        rows, origin, note = self.raw_rows(split, data_dir, source)
         examples, skipped = self._examples(rows, split)
         if not examples:
             reason = f"row {skipped[0].index}: {skipped[0].reason}" if skipped else "it holds no row"
             raise DataError(f"{self.name} {split} ({origin}) has no usable row; {reason}. Check the files.")
         return LoadedSet(draw(examples, limit, seed), origin, skipped, note)
-
-    def folder(self, data_dir: Path) -> Path:
-        """Returns this set's folder under `data_dir`.
-
-        Raises:
-            MissingDataError: if either is not there.
-        """
-        if not data_dir.is_dir():
-            raise MissingDataError(
-                f"--data_dir {data_dir} is not a folder; give one that holds '{self.name}/'."
-            )
-        folder = data_dir / self.name
-        if not folder.is_dir():
-            raise MissingDataError(
-                f"--data_dir {data_dir} has no folder '{self.name}'; expected the official files in "
-                f"{folder}. Put them there, or leave '{self.name}' out of --datasets."
-            )
-        return folder
-
-    def _rows(self, split: str, data_dir: Path | None, source: str) -> tuple[list[Any], str, str]:
-        """Returns the raw rows, their source's name, and why an earlier source was passed over."""
-        if source == "data_dir" and data_dir is None:
-            raise MissingDataError(f"{self.name}: source 'data_dir' needs --data_dir.")
-        if source in ("auto", "data_dir") and data_dir is not None:
-            folder = self.folder(Path(data_dir))
-            return self.read(folder, split), f"data_dir:{folder}", ""
-        note = ""
-        if source in ("auto", "hub"):
-            try:
-                return *self._hub_rows(split), ""
-            except HubUnavailable as error:
-                note = str(error)
-                if source == "hub":
-                    raise DataError(
-                        f"{self.name}: {note}. Give the official files with --data_dir."
-                    ) from error
-        if not self.has_samples:
-            raise MissingDataError(
-                f"{self.name} has no samples of its own. Give files with --data_dir. {note}".strip()
-            )
-        return self.read(SAMPLES / self.name, split), "samples", note
-
-    def _hub_rows(self, split: str) -> tuple[list[Any], str]:
-        if self.hub is None:
-            raise HubUnavailable(self.no_hub)
-        fetched = self.fetch(self.hub, split)
-        return fetched.rows, f"hub:{self.hub.repo}@{fetched.revision}"
 
     def _examples(self, rows: Iterable[Any], split: str) -> tuple[list[Example], list[SkippedRow]]:
         """Returns all usable rows as examples with unique ids, and the rest with reasons."""
@@ -250,12 +176,6 @@ class Dataset(ABC):
         if split in self.merged_splits:
             examples = merge_references(examples, self.same_input)
         return with_unique_ids(examples), skipped
-
-
-def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError if a value is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{what} '{value}' is unknown; choose from {', '.join(choices)}.")
 
 
 def text_field(row: Row, name: str) -> str:

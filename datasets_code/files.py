@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets_code.base import DataError, MissingDataError
+from datasets_code.sources import DataError, MissingDataError
 
 
 def read_text(path: Path) -> str:

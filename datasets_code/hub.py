@@ -30,11 +30,17 @@ class HubSource:
         repo: owner and name.
         columns: the hub's column name -> the official files' field name.
         revision: a commit or branch that holds Parquet files as `<config>/<split>/*.parquet`.
+        config: which of the repository's configurations; `*` where it has one only.
     """
 
     repo: str
     columns: Mapping[str, str] = field(default_factory=dict)
     revision: str = PARQUET_BRANCH
+    config: str = "*"
+
+    def pattern(self, split: str) -> str:
+        """Returns which files hold a split."""
+        return f"{self.config}/{split}/*.parquet"
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def _snapshot(source: HubSource, split: str, offline: str | None) -> Path:
             source.repo,
             repo_type="dataset",
             revision=source.revision,
-            allow_patterns=[f"*/{split}/*.parquet"],
+            allow_patterns=[source.pattern(split)],
             local_files_only=offline is not None,
             etag_timeout=PROBE_S,
         )
@@ -120,7 +126,7 @@ def _read(source: HubSource, split: str, folder: Path) -> HubRows:
     import pyarrow
     import pyarrow.parquet
 
-    files = sorted(folder.glob(f"*/{split}/*.parquet"))
+    files = sorted(folder.glob(source.pattern(split)))
     if not files:
         raise HubUnavailable(
             f"{source.repo} on the hub has no Parquet file of '{split}' at {source.revision}"

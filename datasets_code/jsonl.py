@@ -9,7 +9,6 @@ from typing import Any
 from datasets_code.base import (
     Dataset,
     Example,
-    MissingDataError,
     Prompt,
     Row,
     RowError,
@@ -18,6 +17,7 @@ from datasets_code.base import (
     text_field,
 )
 from datasets_code.files import read_json_lines
+from datasets_code.sources import MissingDataError
 from datasets_code.text_scores import ROUGE, rouge
 
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets_code.base import (
-    DataError,
     Dataset,
     Example,
-    MissingDataError,
     Prompt,
     Row,
     RowError,
@@ -25,6 +23,7 @@ from datasets_code.base import (
     text_field,
 )
 from datasets_code.files import read_json_array
+from datasets_code.sources import DataError, MissingDataError
 from datasets_code.sql_sandbox import EXECUTION, Execution, execution_score, judge_all
 from datasets_code.text_scores import absent, check_pairs
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets_code.base import SPLITS, Dataset, Example, LoadedSet, Prompt, Row, Score, check_choice
+from datasets_code.base import SPLITS, Dataset, Example, LoadedSet, Prompt, Row, Score
+from datasets_code.sources import check_choice
 
 DEFAULT_PROMPTS = 32
 COMMON_WORDS = """

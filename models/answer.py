@@ -95,6 +95,27 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """How well the model predicts given text.
+
+    Attributes:
+        perplexity: exp(nll / tokens).
+        nll: sum of the judged tokens' negative log-likelihoods, natural logarithm.
+        tokens: how many were judged.
+        window: most tokens of one pass; `None` where each text is one pass.
+        stride: tokens from one window to the next; `None` likewise.
+        skipped: texts left out, because nothing precedes their first token.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    window: int | None = None
+    stride: int | None = None
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
 class Scores:
     """What the model says of given tokens, position by position, teacher-forced.
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.answer import Generation, Limits, Scores
+from models.answer import Generation, Limits, Perplexity, Scores
 from models.machine import Machine
 from models.technique import Recipe
 
 if TYPE_CHECKING:
     from models.loading.loaded_model import LoadedModel
 
-__all__ = ["Generation", "Limits", "Scores", "load"]
+__all__ = ["Generation", "Limits", "Perplexity", "Scores", "load"]
 
 
 def load(

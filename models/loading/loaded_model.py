@@ -6,25 +6,32 @@ which tokens count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from huggingface.transformers.generation.perplexity import (
+    Likelihood,
+    continuation_likelihood,
+    text_likelihood,
+)
 from huggingface.transformers.generation.scoring import score_tokens
 from huggingface.transformers.integrations import flash_attention
-from models.answer import Generation, Limits, Scores
+from models.answer import Generation, Limits, Perplexity, Scores
 from models.loading.assistant import build_assistant
 from models.loading.calls import Call, Decoder, Prompts
 from models.loading.checkpoint import end_tokens, read_config
 from models.loading.engine_decoder import EngineDecoder
 from models.loading.stock_decoder import StockDecoder
-from models.loading.tokenizing import decode, encode, load_tokenizer
+from models.loading.tokenizing import decode, encode, encode_continuation, load_tokenizer
 from models.loading.weights import build_model
 from models.technique import Recipe
 
 Prompt = str | Sequence[int]
+LONGEST_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,62 @@ class LoadedModel:
             )
         told = score_tokens(self.model, row.ids, list(token_ids))
         return Scores(told.logprobs.tolist(), told.margins.tolist(), told.gaps.tolist())
+
+    def text_perplexity(
+        self, text: str, window: int | None = None, stride: int | None = None, tokens: int = 0
+    ) -> Perplexity:
+        """Returns how well the model predicts a running text, in windows that move by a stride.
+
+        Args:
+            text: tokenised as a whole, with what the tokenizer puts in front of any text.
+            window: tokens of a window; `None` for the model's positions, at most `LONGEST_WINDOW`.
+            stride: tokens from one window to the next; `None` for half a window.
+            tokens: take only the text's first so many; 0 for all.
+
+        Raises:
+            ValueError: the text is empty or one token, the window exceeds the positions, or the numbers are not finite.
+        """
+        window = window or min(self.position_limit, LONGEST_WINDOW)
+        stride = stride or window // 2
+        if window > self.position_limit:
+            raise ValueError(
+                f"a window of {window} tokens exceeds the model's {self.position_limit} positions."
+            )
+        ids = encode(self.tokenizer, text)
+        told = text_likelihood(self.model, ids[:tokens] if tokens else ids, window, stride)
+        return self._perplexity(told, window=window, stride=stride)
+
+    def reference_perplexity(self, pairs: Sequence[Sequence[str]]) -> Perplexity:
+        """Returns how well the model predicts texts that follow prompts, pooled over the texts' tokens.
+
+        A prompt that leaves no room for its text loses its beginning; a text that alone exceeds the positions loses its end.
+
+        Args:
+            pairs: prompt and the text that follows it; prompts are not judged.
+
+        Raises:
+            ValueError: there is no token to judge, or the numbers are not finite.
+        """
+        total, skipped = Likelihood(0.0, 0), 0
+        for prompt, text in pairs:
+            ids = encode_continuation(self.tokenizer, prompt, text)[: self.position_limit - 1]
+            row = self._row(0, prompt, Limits(max_new_tokens=len(ids)))
+            if isinstance(row, Generation):
+                skipped += 1
+                continue
+            total += continuation_likelihood(self.model, row.ids, ids)
+        return self._perplexity(total, skipped=skipped)
+
+    def _perplexity(self, told: Likelihood, **how: Any) -> Perplexity:
+        """Returns the perplexity, or raises ValueError where there is no finite one."""
+        value = told.perplexity
+        if value is None:
+            raise ValueError("there is no token to judge: the first token of a text follows nothing.")
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the perplexity is not finite in {self.dtype}; use --dtype bfloat16 or float32."
+            )
+        return Perplexity(value, told.nll, told.tokens, **how)
 
     def _row(self, index: int, prompt: Prompt, limits: Limits) -> Row | Generation:
         """Returns the prompt's ids with room for an answer, or why there is none."""

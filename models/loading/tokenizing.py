@@ -64,6 +64,17 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text.encode("utf-8", "replace").decode()))
 
 
+def encode_continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
+    """Returns a text's ids as they follow a prompt's.
+
+    Tokenised with the prompt in front where the prompt's ids stay the same: to some tokenizers the start of a text is special.
+    """
+    before, whole = encode(tokenizer, prompt), encode(tokenizer, prompt + text)
+    if whole[: len(before)] == before:
+        return whole[len(before) :]
+    return list(tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False))
+
+
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """Returns the text of ids without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))

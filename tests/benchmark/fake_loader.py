@@ -11,7 +11,7 @@ import signal
 import time
 from pathlib import Path
 
-from models.answer import Generation, Limits, Scores
+from models.answer import Generation, Limits, Perplexity, Scores
 
 __all__ = ["Limits", "load"]
 MODEL_S = {"stock": 2e-3, "engine": 1e-3}
@@ -131,6 +131,14 @@ class FakeModel:
 
     def score(self, prompt, token_ids, limits=None):
         return Scores([-0.5] * len(token_ids), [0.25] * len(token_ids), [0.0] * len(token_ids))
+
+    def text_perplexity(self, text, window=None, stride=None, tokens=0):
+        self.fault("perplexity")
+        return Perplexity(float(len(text)), 1.0, tokens, window, stride)
+
+    def reference_perplexity(self, pairs):
+        self.fault("perplexity")
+        return Perplexity(float(len(pairs)), 1.0, sum(len(text) for _, text in pairs))
 
 
 def answer_of(prompt):

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from datasets_code.base import DataError, MissingDataError
 from datasets_code.files import read_csv, read_json_array, read_json_lines
+from datasets_code.sources import DataError, MissingDataError
 
 
 def test_json_lines_take_bom_windows_line_ends_and_blank_lines(tmp_path):

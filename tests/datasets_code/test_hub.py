@@ -1,3 +1,4 @@
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -94,3 +95,13 @@ def test_call_within_its_limit_gives_its_result_or_its_error():
     assert within(5, lambda: None) is None
     with pytest.raises(KeyError):
         within(5, lambda: {}["x"])
+
+
+def test_one_configuration_of_a_repository(fake_hub):
+    (fake_hub.folder / "other" / "test").mkdir(parents=True)
+    shutil.copy(
+        fake_hub.folder / "default" / "test" / "0000.parquet",
+        fake_hub.folder / "other" / "test" / "0000.parquet",
+    )
+    assert len(fetch_rows(HubSource("someone/things", config="other"), "test").rows) == 2
+    assert fake_hub.snapshots[0]["allow_patterns"] == ["other/test/*.parquet"]

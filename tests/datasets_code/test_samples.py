@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from datasets_code import get_dataset
-from datasets_code.base import SAMPLES, SPLITS
+from datasets_code.base import SPLITS
 from datasets_code.samples import generate
+from datasets_code.sources import SAMPLES
 
 NAMES = ["spider", "dialogsum", "e2e_nlg"]
 
