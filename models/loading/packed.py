@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from huggingface.transformers.quantizers.configuration import METHOD, PackedWeightsConfig
-
-PLAIN = "plain"
+from models.int4 import PLAN
+from models.precision_plan import FORMAT_FIELDS, PLAIN, normal_format, normal_plan
 
 
 def packed_config(weights: str | None) -> PackedWeightsConfig | None:
@@ -19,6 +21,8 @@ def packed_config(weights: str | None) -> PackedWeightsConfig | None:
     """
     if weights in (None, PLAIN):
         return None
+    if str(weights).startswith(PLAN):
+        return plan_config(json.loads(str(weights).removeprefix(PLAN)))
     bits, _, scheme = str(weights).partition("-")
     if bits == "int8" and not scheme:
         return PackedWeightsConfig(8)
@@ -29,6 +33,12 @@ def packed_config(weights: str | None) -> PackedWeightsConfig | None:
     raise ValueError(f"a recipe's weights are '{weights}', which this version does not know.")
 
 
+def plan_config(plan: Mapping[str, Any]) -> PackedWeightsConfig:
+    """Returns upstream's `quantization_config` of a precision plan. Raises ValueError if it is none."""
+    meant = normal_plan(plan)
+    return PackedWeightsConfig(**meant["default"], modules=meant["modules"])
+
+
 def check_unquantized(config: PreTrainedConfig, weights: str | None, checkpoint: str) -> None:
     """Raises ValueError if a checkpoint is quantised already and the recipe would do it again, or in another way."""
     saved: Any = getattr(config, "quantization_config", None)
@@ -37,16 +47,21 @@ def check_unquantized(config: PreTrainedConfig, weights: str | None, checkpoint:
         return
     fields = saved if isinstance(saved, dict) else saved.to_dict()
     method = fields.get("quant_method")
-    same = method == METHOD and all(
-        fields.get(name) == getattr(wanted, name) for name in ("bits", "group_size", "zero_point")
-    )
+    same = method == METHOD and _meaning(fields) == _meaning(wanted.to_dict())
     if not same:
-        how = (
-            f"{fields.get('bits')} bits, group size {fields.get('group_size')}"
-            if method == METHOD
-            else method
-        )
+        how = _in_words(fields) if method == METHOD else method
         raise ValueError(
-            f"the weights in {checkpoint} are quantised already ({how}); use the checkpoint they came from for {weights}, or "
-            "leave the technique out."
+            f"the weights in {checkpoint} are quantised already ({how}); use the checkpoint they came from for "
+            f"{str(weights).partition(':')[0]}, or leave the technique out."
         )
+
+
+def _meaning(fields: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns what a saved quantisation says of every weight."""
+    own = {name: normal_format(value, name) for name, value in (fields.get("modules") or {}).items()}
+    return (*(fields.get(name) for name in FORMAT_FIELDS), own)
+
+
+def _in_words(fields: Mapping[str, Any]) -> str:
+    plan = ", with a precision plan" if fields.get("modules") else ""
+    return f"{fields.get('bits')} bits, group size {fields.get('group_size')}{plan}"
