@@ -112,16 +112,15 @@ def _curve(findings: Findings, figure: Figure) -> None:
     for index, point in enumerate(points):
         colour = "#d55e00" if index in plans else "#0072b2"
         axes.errorbar(sizes[index], changes[index], yerr=errors[index], fmt="o", color=colour, capsize=3)
-        label = "\n".join(point["names"])
-        axes.annotate(
-            label, (sizes[index], changes[index]), xytext=(6, 7), textcoords="offset points", fontsize=9
-        )
+        words = ", ".join(name.removeprefix("plan ") for name in point["names"])
+        above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "left", "rotation": 45, "fontsize": 9}
+        axes.annotate(words, (sizes[index], changes[index] + errors[index]), color=colour, **above)
     axes.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xlabel("MB of the linear layers' weights")
     axes.set_ylabel("perplexity change, %")
-    axes.margins(x=0.12, y=0.15)
+    axes.margins(x=0.12, y=0.22)
+    setting = f"{about['model']}, {about['dtype']} on {about['device']}, {about['judge_tokens']} tokens that chose no plan"
     axes.set_title(
-        f"Perplexity against bytes of precision plans; whiskers: standard error\n{about['model']}, {about['dtype']} on "
-        f"{about['device']}, {about['judge_tokens']} tokens that chose no plan",
+        f"Perplexity against bytes of precision plans (orange, by budget); whiskers: standard error\n{setting}",
         loc="left",
     )

@@ -137,8 +137,8 @@ def _notes(about: Mapping[str, Any]) -> str:
     return (
         "- perplexity: exp of the change of the mean negative log-likelihood a token against the model as it is, on the same "
         "tokens. Its standard error is over samples; what is within two of it is not told from nothing.\n"
-        "- Less perplexity than the model as it is: coarser weights flatten its predictions, which helps on text that it does not "
-        "know. Then this text says little; give one of the kind that the model is for, such as `--text references`.\n"
+        "- Less perplexity than the model as it is: coarser weights flatten its predictions, which helps on text that it does "
+        "not know. Then this text says little; give one of the kind that the model is for, such as `--text references`.\n"
         "- weight MSE: of the weights read back; relative: divided by their mean square.\n"
         "- output cosine: between the layer's outputs and those of its own weights on the same inputs, mean over tokens.\n"
         "- MB: the linear layers' stored weights, scales included. Embeddings, norms and the head stay as they are and are not "
