@@ -101,14 +101,15 @@ def _shown(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "off"
-    return "none" if value in (None, "") else str(value)
+    return "none" if value is None else str(value)
 
 
 def _read(item: "Field[Any]", text: Any) -> Any:
     if isinstance(text, bool):
         return text
     try:
-        return item.metadata.get("read", type(item.default))(text)
+        kind = str if item.default is None else type(item.default)
+        return item.metadata.get("read", kind)(text)
     except ValueError:
         shape = _shape(item)
         raise UsageError(f"--{item.name} got '{text}', expected {IN_WORDS.get(shape, shape)}.") from None

@@ -116,7 +116,7 @@ def select(config: RunConfig, machine: Mapping[str, Any], model_config: Mapping[
 
 
 def check_same_weights(config: RunConfig, techniques: Mapping[str, Any]) -> None:
-    """Raises UsageError if a technique of a saved run would now store weights otherwise: a plan's file has changed since.
+    """Raises UsageError if a technique of a saved run would now store weights otherwise: a file has changed since.
 
     Args:
         config: the options, the same that the run was begun with.
@@ -128,8 +128,8 @@ def check_same_weights(config: RunConfig, techniques: Mapping[str, Any]) -> None
     ]
     if changed:
         raise UsageError(
-            f"--precision_plan holds another plan than the one this run began with, and {', '.join(changed)} would change; "
-            "restore the file, or give another --run_name, or --overwrite."
+            f"how {', '.join(changed)} would store weights is not as when this run began: the file of a plan or of calibration "
+            "text has changed. Restore it, or give another --run_name, or --overwrite."
         )
 
 

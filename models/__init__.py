@@ -12,6 +12,9 @@ from typing import Any
 
 from models.answer import Generation, Limits, Scores
 from models.assisted import Assisted
+from models.awq import Awq
+from models.bnb_int8 import BnbInt8
+from models.bnb_nf4 import BnbNf4
 from models.flash import Flash
 from models.half import Half
 from models.int4 import Int4
@@ -24,6 +27,7 @@ from models.prompt_lookup import PromptLookup
 from models.spec_stream import SpecStream
 from models.static import Static
 from models.technique import Recipe, Technique, combine
+from models.torchao_int4 import TorchaoInt4
 
 __all__ = [
     "TECHNIQUES",
@@ -50,15 +54,16 @@ TECHNIQUES: dict[str, type[Technique]] = {
         Static,
         Int8,
         Int4,
+        Awq,
+        BnbInt8,
+        BnbNf4,
+        TorchaoInt4,
         PromptLookup,
         Assisted,
         SpecStream,
     )
 }
-RESERVED = (
-    "bnb_int8", "bnb_nf4", "torchao_int4", "awq", "kv_int8", "kv_int4", "kv_prune_tensor",
-    "kv_prune_channel",
-)  # fmt: skip
+RESERVED = ("kv_int8", "kv_int4", "kv_prune_tensor", "kv_prune_channel")
 
 
 def build(names: str, flags: Mapping[str, Any] | None = None) -> list[Technique]:

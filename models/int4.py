@@ -21,8 +21,8 @@ class Int4(Technique):
 
     int4_scheme: str = option("group", "group: a scale for each group of inputs; naive: one an output")
     group_size: int = option(128, "inputs that share a scale: 32, 64 or 128")
-    precision_plan: str = option(
-        "", "file of sensitivity.py that says which layers keep more bits, and all formats"
+    precision_plan: str | None = option(
+        None, "file of sensitivity.py that says which layers keep more bits, and all formats"
     )
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ each other. A recipe is plain JSON: the parent folds and checks it, a worker mak
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,7 +41,8 @@ class Recipe:
     Attributes:
         dtype: `float32`, `float16`, `bfloat16`, or `half` until resolved.
         attention: `default` (the upstream class's own), `eager`, `sdpa` or `flash`.
-        weights: how weights are stored: `plain`, `int8`, `int4-naive` or `int4-group128` and the like.
+        weights: how weights are stored: `plain`; ours, `int8`, `int4-naive` or `int4-group128` and the like; a peer's,
+            `bnb-int8`, `bnb-nf4` or `torchao-int4`.
         kv: `dynamic` or `none` (stock decoder), `static` (engine).
         decoder: `stock` is upstream's generate, `engine` ours.
         drafts: who proposes tokens, `streams`, `prompt_lookup` or `assistant` (a small model); `None` for nobody.
@@ -106,6 +108,10 @@ class Recipe:
             )
         if self.decoder != "stock" and self.attention == "flash":
             raise ValueError("FlashAttention kernels take no draft tree, and our engine needs one; use sdpa.")
+        if self.decoder == "stock" and str(self.weights).startswith("awq"):
+            raise ValueError(
+                "awq scales models of our engine; leave out the technique with the stock decoder."
+            )
         if self.drafts in STOCK_DRAFTS and (self.decoder != "stock" or self.kv == "none"):
             raise ValueError(f"'{self.drafts}' is upstream's and needs its decoder with a KV cache.")
 
@@ -165,6 +171,13 @@ class Technique:
 def option(default: Any, text: str) -> Any:
     """Returns a field of a technique, which is also the flag of that name."""
     return field(default=default, metadata={"help": text})
+
+
+def missing_package(package: str, extra: str) -> str | None:
+    """Returns what to install where a package is missing, `None` where it is there; nothing is imported."""
+    if importlib.util.find_spec(package) is not None:
+        return None
+    return f'{package} is not installed; pip install -c constraints.txt -e ".[{extra}]" installs it.'
 
 
 def combine(techniques: Iterable[Technique]) -> Recipe:

@@ -113,8 +113,10 @@ def _curve(findings: Findings, figure: Figure) -> None:
         colour = "#d55e00" if index in plans else "#0072b2"
         axes.errorbar(sizes[index], changes[index], yerr=errors[index], fmt="o", color=colour, capsize=3)
         words = ", ".join(name.removeprefix("plan ") for name in point["names"])
-        above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "left", "rotation": 45, "fontsize": 9}
-        axes.annotate(words, (sizes[index], changes[index] + errors[index]), color=colour, **above)
+        top = (sizes[index], changes[index] + errors[index])
+        axes.annotate(
+            words, top, xytext=(0, 6), textcoords="offset points", rotation=45, fontsize=9, color=colour
+        )
     axes.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xlabel("MB of the linear layers' weights")
     axes.set_ylabel("perplexity change, %")

@@ -266,6 +266,21 @@ def test_score_replaces_quality_from_saved_text(run_dir, monkeypatch):
     assert all(row["quality"] == {"hits": 1.0} for row in load_run(run_dir).rows)
 
 
+def test_score_keeps_perplexities(run_dir, monkeypatch):
+    path = run_dir / "summary.json"
+    summary = json.loads(path.read_text())
+    for row in summary["rows"]:
+        row["quality"] = {"old": 0.5, "perplexity_wikitext2": 20.0}
+        row["quality_unavailable"] = {"old2": "why", "perplexity_references": "oom: full"}
+    path.write_text(json.dumps(summary))
+    monkeypatch.setattr(Parrot, "ids", tuple({record.prompt_id for record in load_run(run_dir).records}))
+    monkeypatch.setattr(rescore, "get_dataset", lambda _: Parrot())
+    assert call(run_dir, "--score") == 0
+    for row in load_run(run_dir).rows:
+        assert row["quality"] == {"hits": 1.0, "perplexity_wikitext2": 20.0}
+        assert row["quality_unavailable"] == {"perplexity_references": "oom: full"}
+
+
 def test_score_refuses_other_prompts_and_changes_nothing(run_dir, monkeypatch, capsys):
     before = (run_dir / "summary.json").read_text()
     monkeypatch.setattr(rescore, "get_dataset", lambda _: Parrot())

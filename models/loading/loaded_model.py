@@ -22,9 +22,11 @@ from huggingface.transformers.generation.scoring import score_tokens
 from huggingface.transformers.integrations import flash_attention
 from models.answer import Generation, Limits, Perplexity, Scores
 from models.loading.assistant import build_assistant
+from models.loading.calibrated import is_calibrated, scale_and_pack
 from models.loading.calls import Call, Decoder, Prompts
 from models.loading.checkpoint import end_tokens, read_config
 from models.loading.engine_decoder import EngineDecoder
+from models.loading.packed import stored_bytes
 from models.loading.stock_decoder import StockDecoder
 from models.loading.tokenizing import decode, encode, encode_continuation, load_tokenizer
 from models.loading.weights import build_model
@@ -86,7 +88,7 @@ class LoadedModel:
         self.fallbacks = fallbacks
         self.dtype = str(recipe.dtype)
         held = [model] if assistant is None else [model, assistant]
-        self.weight_bytes = sum(parameter.nbytes for one in held for parameter in one.parameters())
+        self.weight_bytes = sum(stored_bytes(parameter) for one in held for parameter in one.parameters())
         self.kv_bytes = 0
         self.draft_nodes: int | None = None
         self.draft_source: str | None = None
@@ -336,6 +338,8 @@ def assemble(
     helper = build_assistant(recipe, assistant, config.vocab_size, device, random_weights)
     built = build_model(recipe, checkpoint, config, device, random_weights)
     _check_finite(built.model, recipe, "model")
+    if is_calibrated(recipe.weights):
+        scale_and_pack(built.model, tokenizer, str(recipe.weights))
     if helper is not None:
         _check_finite(helper.model, recipe, "assistant")
     ends = end_tokens(checkpoint, config, tokenizer)

@@ -6,11 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from huggingface.transformers.quantizers.configuration import METHOD, PackedWeightsConfig
 from models.int4 import PLAN
+from models.loading.calibrated import is_calibrated
 from models.precision_plan import FORMAT_FIELDS, PLAIN, normal_format, normal_plan
+
+PEERS = ("bnb-int8", "bnb-nf4", "torchao-int4")
+"""Weights that upstream quantises with other packages."""
 
 
 def packed_config(weights: str | None) -> PackedWeightsConfig | None:
@@ -19,7 +24,7 @@ def packed_config(weights: str | None) -> PackedWeightsConfig | None:
     Raises:
         ValueError: a name that this version does not know.
     """
-    if weights in (None, PLAIN):
+    if weights in (None, PLAIN) or is_calibrated(weights):  # the latter are packed once they are read
         return None
     if str(weights).startswith(PLAN):
         return plan_config(json.loads(str(weights).removeprefix(PLAN)))
@@ -39,15 +44,46 @@ def plan_config(plan: Mapping[str, Any]) -> PackedWeightsConfig:
     return PackedWeightsConfig(**meant["default"], modules=meant["modules"])
 
 
+def loading_options(weights: str | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Returns what `from_pretrained` is told of a recipe's weights; nothing where they stay as they are.
+
+    Peers quantise on the device they will run on, so they are read there at once.
+    """
+    if weights in PEERS:
+        return {"quantization_config": _peer_config(str(weights), dtype), "device_map": {"": device}}
+    ours = packed_config(weights)
+    return {} if ours is None else {"quantization_config": ours}
+
+
+def _peer_config(weights: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if weights == "bnb-int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if weights == "bnb-nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    # Not among what the type checker has installed.
+    from torchao.quantization import Int4WeightOnlyConfig  # type: ignore[import-not-found]
+
+    # Its default layout needs a further package.
+    return TorchAoConfig(Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
+
+
+def stored_bytes(parameter: torch.nn.Parameter) -> int:
+    """Returns a parameter's bytes with the scales that bitsandbytes keeps beside it."""
+    scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+    return parameter.nbytes + (0 if scales is None else scales.nbytes)
+
+
 def check_unquantized(config: PreTrainedConfig, weights: str | None, checkpoint: str) -> None:
     """Raises ValueError if a checkpoint is quantised already and the recipe would do it again, or in another way."""
     saved: Any = getattr(config, "quantization_config", None)
-    wanted = packed_config(weights)
-    if saved is None or wanted is None:
+    wanted = None if weights in PEERS else packed_config(weights)
+    if saved is None or weights in (None, PLAIN):
         return
     fields = saved if isinstance(saved, dict) else saved.to_dict()
     method = fields.get("quant_method")
-    same = method == METHOD and _meaning(fields) == _meaning(wanted.to_dict())
+    same = wanted is not None and method == METHOD and _meaning(fields) == _meaning(wanted.to_dict())
     if not same:
         how = _in_words(fields) if method == METHOD else method
         raise ValueError(

@@ -25,7 +25,7 @@ from huggingface.transformers.models.spec_stream import (
 from huggingface.transformers.models.spec_stream.configuration_spec_stream import StreamConfig, StreamFields
 from huggingface.transformers.quantizers.quantizer import quantize_model
 from models.loading.checkpoint import has_streams, main_weights
-from models.loading.packed import check_unquantized, packed_config
+from models.loading.packed import PEERS, check_unquantized, loading_options, packed_config
 from models.technique import Recipe
 
 STREAM_PREFIX = "streams."
@@ -59,7 +59,9 @@ def build_model(
     make = _engine if recipe.decoder == "engine" else _stock
     with quiet(), readable(checkpoint):
         built = make(recipe, checkpoint, config, device, random_weights)
-    built.model.to(device=device).eval()
+    if recipe.weights not in PEERS:  # those are where they belong, and some refuse to be moved
+        built.model.to(device=device)
+    built.model.eval()
     return built
 
 
@@ -82,7 +84,7 @@ def _stock(
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that check_keys can name them
-        **_quantization(recipe),
+        **loading_options(recipe.weights, dtype, device),
         **choice,
     )
     check_keys(found, place)
@@ -133,21 +135,21 @@ def _engine(
         output_loading_info=True,
         # So that check_keys can name them; of a base model's weights nothing is told, and the first one ends the loading.
         ignore_mismatched_sizes=main_weights(checkpoint, config) == checkpoint,
-        **_quantization(recipe),
+        **loading_options(recipe.weights, dtype, device),
     )
     model, found = loaded
     check_keys(found, checkpoint)
     return BuiltModel(model)
 
 
-def _quantization(recipe: Recipe) -> dict[str, Any]:
-    """Returns what `from_pretrained` is told of the recipe's weights; nothing where they stay as they are."""
-    wanted = packed_config(recipe.weights)
-    return {} if wanted is None else {"quantization_config": wanted}
-
-
 def _packed(model: Any, recipe: Recipe) -> Any:
-    """Returns a model that was not read from a checkpoint with its weights as the recipe wants them."""
+    """Returns a model that was not read from a checkpoint with its weights as the recipe wants them.
+
+    Raises:
+        ValueError: weights that another package quantises as it reads a checkpoint.
+    """
+    if recipe.weights in PEERS:
+        raise ValueError(f"'{recipe.weights}' is made from a checkpoint; leave out --random_weights.")
     wanted = packed_config(recipe.weights)
     return model if wanted is None else quantize_model(model, wanted)
 

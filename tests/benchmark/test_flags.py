@@ -47,6 +47,10 @@ def test_lists_aliases_dashes_and_equals_signs():
     assert parse(["--draft_nodes", "32"]).draft_nodes == 32
 
 
+def test_an_option_without_a_default_takes_text():
+    assert parse(["--calibration_text", "some.txt"]).technique_options == {"calibration_text": "some.txt"}
+
+
 def test_options_of_techniques_are_flags_too():
     assert parse(["--prompt_lookup_num_tokens", "5"]).technique_options == {"prompt_lookup_num_tokens": 5}
     with pytest.raises(UsageError, match="whole number"):

@@ -3,7 +3,7 @@ import io
 import pytest
 
 from benchmark.summary import SummaryRow
-from benchmark.table import is_terminal, print_table
+from benchmark.table import is_terminal, print_table, quality
 
 ROWS = [
     SummaryRow("naive", "e2e_nlg", 1, tokens_per_s=10.0, speedup=1.0, quality={"bleu": 12.345}).as_json(),
@@ -64,3 +64,9 @@ def test_a_summary_without_rows_prints_too():
     stream = io.StringIO()
     print_table([], "title", stream)
     assert "title" in stream.getvalue()
+
+
+def test_quality_keeps_counts_whole_and_perplexities_to_five_figures():
+    row = {"quality": {"rouge1": 0.12345, "n_executed": 1034, "perplexity_wikitext2": 1965.1557}}
+    assert quality(row) == "rouge1 0.123, n_executed 1034, perplexity_wikitext2 1965.2"
+    assert quality({}) == ""

@@ -140,3 +140,12 @@ def test_an_unknown_loader_is_reported(tmp_path):
     with pytest.raises(WorkerError, match="exit code 1"):
         worker.ask("machine", 30, device="cpu")
     assert "ModuleNotFoundError" in worker.log.read_text()
+
+
+def test_perplexities_are_answered_as_plain_numbers():
+    session = Session(fake_loader)
+    session.load(**LOAD)
+    answer = session.answer("text_perplexity", {"text": "abc", "window": 8, "stride": 4, "tokens": 2})
+    assert answer == {"perplexity": 3.0, "nll": 1.0, "tokens": 2, "window": 8, "stride": 4, "skipped": 0}
+    answer = session.answer("reference_perplexity", {"pairs": [["a", " b"], ["c", " de"]]})
+    assert (answer["perplexity"], answer["tokens"]) == (2.0, 5)

@@ -1,0 +1,50 @@
+"""Weights in 4 bits, after activation-aware scaling ("AWQ", arXiv 2306.00978)."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from models.int4 import Int4
+from models.machine import Machine
+from models.technique import Recipe, Technique, option
+
+
+@dataclass(frozen=True)
+class Awq(Technique):
+    """As `int4` in groups, its channels scaled by what calibration text shows to pass through them."""
+
+    name: ClassVar[str] = "awq"
+    summary: ClassVar[str] = (
+        "our engine on weights in 4 bits, scaled for calibration text (--calibration_text)"
+    )
+
+    calibration_text: str | None = option(None, "text file that 'awq' chooses its scales on; not test data")
+    group_size: int = option(128, "inputs that share a scale: 32, 64 or 128")
+
+    def __post_init__(self) -> None:
+        Int4(group_size=self.group_size)
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """Returns the recipe with the weights claimed; they are named with the text's digest and place.
+
+        Raises:
+            ValueError: the text cannot be read, or is empty.
+        """
+        if self.calibration_text is None:
+            return recipe.claim(weights=f"awq-group{self.group_size}")
+        path = Path(self.calibration_text).resolve()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"--calibration_text {path} cannot be read: {error.strerror}.") from None
+        if not content.strip():
+            raise ValueError(f"--calibration_text {path} holds no text.")
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        return recipe.claim(weights=f"awq-group{self.group_size}:{digest}:{path}")
+
+    def unavailable(self, machine: Machine) -> str | None:
+        del machine
+        if self.calibration_text is None:
+            return "it chooses its scales on calibration text; name a file with --calibration_text."
+        return None
