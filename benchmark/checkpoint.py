@@ -37,6 +37,7 @@ class Checkpoint:
         weight_bytes: their bytes on disk.
         fingerprint: changes when the config or the weights do, the assistant's included.
         assistant: the small model that drafts for it in this run; None for nobody.
+        tensors: names of what is stored, the base model's included; none with random weights.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Checkpoint:
     weight_bytes: int
     fingerprint: str
     assistant: "Checkpoint | None" = None
+    tensors: frozenset[str] = frozenset()
 
     def with_assistant(self, assistant: "Checkpoint") -> "Checkpoint":
         """Returns the checkpoint with its assistant."""
@@ -95,15 +97,19 @@ def inspect(path: Path, random_weights: bool = False) -> Checkpoint:
         places += _base_of(path, str(config["base_model_name_or_path"]))
     digest = hashlib.sha256()
     parameters = weight_bytes = 0
+    tensors: set[str] = set()
     for place in places:
         digest.update(json.dumps(_checked_config(place), sort_keys=True).encode())
         for file in () if random_weights else weight_files(place):
             header = read_header(file)
             digest.update(_sample(file))
+            tensors.update(header)
             for tensor in header.values():
                 parameters += math.prod(tensor["shape"])
                 weight_bytes += tensor["data_offsets"][1] - tensor["data_offsets"][0]
-    return Checkpoint(path, config, parameters, weight_bytes, digest.hexdigest()[:16])
+    return Checkpoint(
+        path, config, parameters, weight_bytes, digest.hexdigest()[:16], tensors=frozenset(tensors)
+    )
 
 
 def _checked_config(path: Path) -> dict[str, Any]:

@@ -50,12 +50,14 @@ def carry_out(config: RunConfig, loader: str) -> RunDirectory:
     check_data_flags(config)
     checkpoint = open_checkpoint(config)
     check_flags(config, checkpoint.config)
+    selection.check_precision_plan(config, checkpoint.tensors)
     name = run_directory.run_name(config, checkpoint.fingerprint, datetime.now(UTC).date())
     directory = run_directory.make(config, name)
     with RunLock(directory.path):
         if config.overwrite:
             directory.clear()
         saved = run_directory.check_same(directory, config, checkpoint.fingerprint)
+        selection.check_same_weights(config, saved["techniques"] if saved else {})
         if saved is None or not is_finished(_summary(directory)):
             _measure(config, checkpoint, load_data(config), directory, saved, loader)
     return directory

@@ -1,6 +1,6 @@
 """`--model_type` -> the techniques of a run: names, recipes, exactness twins, and those that cannot run here."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from benchmark.config import RunConfig
 from benchmark.errors import UsageError
 from benchmark.plan import Contender
 from models import TECHNIQUES, Recipe, fold, largest_batch, unavailable
+from models.precision_plan import read_plan
 
 ALL = "all"
 BASELINE = "naive"
@@ -52,6 +53,29 @@ def wanted(config: RunConfig) -> tuple[str, ...]:
     return names
 
 
+def check_precision_plan(config: RunConfig, tensors: Collection[str]) -> None:
+    """Raises UsageError if a precision plan names a layer that the checkpoint has no weight of.
+
+    Args:
+        config: the run's options.
+        tensors: names of the checkpoint's tensors; with random weights there are none, and the worker looks at the model.
+    """
+    path = config.technique_options.get("precision_plan")
+    if not path or not tensors:
+        return
+    # A checkpoint of the decoder without its head leaves out the first part of every name.
+    unknown = [
+        name
+        for name in read_plan(path)["modules"]
+        if not any(f".{name}.weight".endswith(f".{tensor}") for tensor in tensors)
+    ]
+    if unknown:
+        raise UsageError(
+            f"--precision_plan {path} names {unknown[0]}, of which {config.model_name_or_path} holds no weight "
+            f"({len(unknown)} such names in all); use a plan that sensitivity.py made for this model."
+        )
+
+
 def needs_assistant(config: RunConfig) -> bool:
     """Returns whether some technique of a run drafts with a small model, and the run names one."""
     return config.assistant_model is not None and any(
@@ -89,6 +113,24 @@ def select(config: RunConfig, machine: Mapping[str, Any], model_config: Mapping[
     if not recipes:
         raise UsageError(f"no technique of --model_type can run here: {'; '.join(skipped.values())}")
     return Selection(_with_twins(recipes), skipped, alone)
+
+
+def check_same_weights(config: RunConfig, techniques: Mapping[str, Any]) -> None:
+    """Raises UsageError if a technique of a saved run would now store weights otherwise: a file has changed since.
+
+    Args:
+        config: the options, the same that the run was begun with.
+        techniques: name -> what `config.json` holds of it.
+    """
+    now = {name: _recipe(name, config).weights for name in techniques}
+    changed = [
+        name for name, weights in now.items() if weights not in (None, techniques[name]["recipe"]["weights"])
+    ]
+    if changed:
+        raise UsageError(
+            f"how {', '.join(changed)} would store weights is not as when this run began: the file of a plan or of calibration "
+            "text has changed. Restore it, or give another --run_name, or --overwrite."
+        )
 
 
 def _recipe(name: str, config: RunConfig, machine: Mapping[str, Any] | None = None) -> Recipe:

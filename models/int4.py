@@ -1,12 +1,15 @@
-"""Weights in 4 bits, two in a byte."""
+"""Weights in 4 bits, two in a byte; with a precision plan, some layers in 8 bits or as they are."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from models.precision_plan import plan_text, read_plan
 from models.technique import Recipe, Technique, option
 
 SCHEMES = ("group", "naive")
 GROUP_SIZES = (32, 64, 128)
+PLAN = "int4-plan:"
+"""A recipe's weights of a plan: this, then the plan itself, so that a worker needs no file and equal plans hash equal."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,9 @@ class Int4(Technique):
 
     int4_scheme: str = option("group", "group: a scale for each group of inputs; naive: one an output")
     group_size: int = option(128, "inputs that share a scale: 32, 64 or 128")
+    precision_plan: str | None = option(
+        None, "file of sensitivity.py that says which layers keep more bits, and all formats"
+    )
 
     def __post_init__(self) -> None:
         if self.int4_scheme not in SCHEMES:
@@ -25,7 +31,15 @@ class Int4(Technique):
         if self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"--group_size got {self.group_size}, expected one of {sizes}.")
+        if not self.precision_plan:
+            return
+        for name in ("int4_scheme", "group_size"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"--{name} and --precision_plan both say the format; leave out --{name}.")
+        read_plan(self.precision_plan)
 
     def apply(self, recipe: Recipe) -> Recipe:
+        if self.precision_plan:
+            return recipe.claim(weights=PLAN + plan_text(read_plan(self.precision_plan)))
         scheme = "naive" if self.int4_scheme == "naive" else f"group{self.group_size}"
         return recipe.claim(weights=f"int4-{scheme}")

@@ -18,7 +18,7 @@ FORBIDDEN = {
 
 
 def project_files() -> list[Path]:
-    folders = ("huggingface", "models", "datasets_code", "benchmark", "training")
+    folders = ("huggingface", "models", "datasets_code", "benchmark", "precision", "training")
     return sorted(
         [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
     )

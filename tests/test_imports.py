@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "module", ["dataset_tps", "report", "tune_spec_stream", "models", "datasets_code", "models.loading"]
+    "module",
+    ["dataset_tps", "report", "sensitivity", "tune_spec_stream", "models", "datasets_code", "models.loading"],
 )
 def test_module_imports_no_torch(module):
     code = f"import {module}, sys; sys.exit(', '.join({{'torch', 'transformers'}} & set(sys.modules)) or 0)"

@@ -9,6 +9,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .packing import WeightFormat
 
 METHOD = "packed_weights"
+PLAIN = "plain"
+"""The format of a module that stays as it is."""
 
 
 class PackedWeightsConfig(QuantizationConfigMixin):
@@ -19,9 +21,10 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         group_size: inputs that share a scale, 32, 64 or 128; `None` for one scale an output.
         zero_point: whether groups have a zero point.
         modules_to_not_convert: parts of module names that stay as they are, besides the LM head and the streams.
+        modules: full module name -> a format of its own, `{"bits": 8}` for one, or "plain"; all others have the format above.
 
     Raises:
-        ValueError: a format that is not known.
+        ValueError: a format that is not known; one of `modules` is named.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         zero_point: bool = False,
         modules_to_not_convert: list[str] | None = None,
+        modules: dict[str, dict[str, Any] | str] | None = None,
         **kwargs: Any,
     ):
         kwargs.pop("quant_method", None)
@@ -39,9 +43,28 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         self.bits, self.group_size, self.zero_point = bits, group_size, zero_point
         self.modules_to_not_convert = modules_to_not_convert
+        self.modules = modules
         self.format  # noqa: B018 - says what is wrong with it
+        for name in modules or {}:
+            self.format_of(name)
 
     @property
     def format(self) -> WeightFormat:
         """The format of the converted weights."""
         return WeightFormat(self.bits, self.group_size, self.zero_point)
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        """Returns the format of a module, by its full name; `None` where it stays as it is.
+
+        Raises:
+            ValueError: its own format is not known.
+        """
+        own = (self.modules or {}).get(name)
+        if own is None:
+            return self.format
+        if own == PLAIN:
+            return None
+        try:
+            return WeightFormat(**own)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the format {own!r} of module {name} is not known: {error}") from None

@@ -55,6 +55,26 @@ def convertible(model: Any, skipped: list[str]) -> dict[str, Any]:
     }
 
 
+def formats(model: nn.Module, config: PackedWeightsConfig) -> dict[str, WeightFormat]:
+    """Returns by name the format of every linear layer of a model that is packed, in the model's order.
+
+    Raises:
+        ValueError: the model has no linear layer, or lacks one that the configuration names.
+    """
+    found = convertible(model, config.modules_to_not_convert or [])
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantise.")
+    unknown = sorted((config.modules or {}).keys() - found.keys())
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ValueError(
+            f"the precision plan names {', '.join(unknown[:3])}{more}, which {type(model).__name__} has not among its "
+            f"{len(found)} linear layers (such as {next(iter(found))}); use a plan made for this model."
+        )
+    wanted = {name: config.format_of(name) for name in found}
+    return {name: kind for name, kind in wanted.items() if kind is not None}
+
+
 def quantized_shell(module: Any, kind: WeightFormat, dtype: torch.dtype) -> QuantizedLinear:
     """Returns an empty quantised layer in a linear layer's place, with its hooks: gated updates hang on them."""
     inputs, outputs = sizes_of(module)
@@ -75,10 +95,11 @@ def quantize_model(model: Any, config: PackedWeightsConfig) -> Any:
     """Packs a model's linear layers in place, one after the other, and returns it.
 
     Raises:
-        ValueError: a weight that cannot be packed; the message names the layer.
+        ValueError: a weight that cannot be packed, or a module that the model lacks; the message names the layer.
     """
-    for name, module in convertible(model, config.modules_to_not_convert or []).items():
-        shell = quantized_shell(module, config.format, module.weight.dtype)
+    for name, kind in formats(model, config).items():
+        module: Any = model.get_submodule(name)
+        shell = quantized_shell(module, kind, module.weight.dtype)
         packed = _packed(name, module.weight, shell)
         for field, tensor in packed.tensors().items():
             setattr(shell, field, nn.Parameter(tensor, requires_grad=False))
@@ -114,13 +135,10 @@ class PackedWeightsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         del kwargs
-        skipped = self.quantization_config.modules_to_not_convert or []
-        found = convertible(model, skipped)
-        if not found:
-            raise ValueError(f"{type(model).__name__} has no linear layer to quantise.")
-        for name, module in found.items():
+        for name, kind in formats(model, self.quantization_config).items():
+            module: Any = model.get_submodule(name)
             with torch.device("meta"):
-                shell = quantized_shell(module, self.quantization_config.format, module.weight.dtype)
+                shell = quantized_shell(module, kind, module.weight.dtype)
                 if not self.pre_quantized:
                     # Upstream casts what it reads to the placeholder's dtype before the weight is packed.
                     placeholder = torch.empty(module.weight.shape, dtype=module.weight.dtype)

@@ -15,7 +15,7 @@ from huggingface.transformers.integrations.quantized_linear import QuantizedLine
 from huggingface.transformers.models.spec_stream import load_streaming
 from huggingface.transformers.quantizers import quantizer
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
-from huggingface.transformers.quantizers.packing import dequantize
+from huggingface.transformers.quantizers.packing import WeightFormat, dequantize
 
 CONFIGS = [PackedWeightsConfig(8), PackedWeightsConfig(4), PackedWeightsConfig(4, 32, True)]
 NAMES = ["int8", "int4", "int4-groups"]
@@ -163,3 +163,57 @@ def test_wrong_configurations_are_named(fields, message):
 def test_registering_twice_changes_nothing():
     quantizer.register()
     quantizer.register()
+
+
+def planned(model: nn.Module) -> PackedWeightsConfig:
+    """Returns a plan that has one layer in 8 bits, one as it is, and the others in 4."""
+    names = list(quantizer.convertible(model, []))
+    return PackedWeightsConfig(4, 32, modules={names[1]: {"bits": 8}, names[-1]: "plain"})
+
+
+def test_a_plan_mixes_formats_and_comes_back_bit_equal(saved, tmp_path):
+    model, directory = saved
+    config = planned(model)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    kinds = {
+        name: module.kind for name, module in loaded.named_modules() if isinstance(module, QuantizedLinear)
+    }
+    names = list(quantizer.convertible(model, []))
+    assert kinds == {
+        name: WeightFormat(8) if name == names[1] else WeightFormat(4, 32)
+        for name in names
+        if name != names[-1]
+    }
+    plain = loaded.get_submodule(names[-1])
+    assert torch.equal(plain.weight, model.get_submodule(names[-1]).weight)
+    torch.testing.assert_close(loaded(IDS).logits, twin(model, loaded)(IDS).logits, atol=1e-5, rtol=1e-5)
+    loaded.save_pretrained(tmp_path / "packed")
+    again, found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.config.quantization_config.modules == config.modules
+    kept, read = loaded.state_dict(), again.state_dict()
+    assert kept.keys() == read.keys()
+    assert all(kept[name].dtype == read[name].dtype and torch.equal(kept[name], read[name]) for name in kept)
+    packed = quantizer.quantize_model(model, config).state_dict()
+    assert packed.keys() == kept.keys()
+    assert all(torch.equal(packed[name], kept[name]) for name in kept)
+
+
+def test_a_plan_for_another_model_is_refused_before_anything_is_read(saved, monkeypatch):
+    model, directory = saved
+    config = PackedWeightsConfig(4, modules={"layers.9.nothing": {"bits": 8}})
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(quantizer.PackWeights, "convert", lambda *_, **__: pytest.fail("a weight was read"))
+    with pytest.raises(
+        ValueError, match=r"names layers\.9\.nothing, which .* has not among its \d+ linear layers"
+    ):
+        AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    with pytest.raises(ValueError, match=r"layers\.9\.nothing"):
+        quantizer.quantize_model(model, config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("own", [{"bits": 5}, {"colour": 1}, "half", 8])
+def test_a_wrong_format_in_a_plan_names_the_module(own):
+    with pytest.raises(ValueError, match="of module h.0.fc is not known"):
+        PackedWeightsConfig(4, modules={"h.0.fc": own})

@@ -1,0 +1,60 @@
+"""Precision plans in a run: one for another model, and one that changed since the run began."""
+
+import json
+
+import pytest
+
+from tests.benchmark.bench import Bench
+
+PLAN = {"default": {"bits": 4, "group_size": 32}, "modules": {}}
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, capsys):
+    return Bench(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Writes a plan's file with these modules and returns its path."""
+
+    def write(**modules):
+        file = tmp_path / "plan.json"
+        file.write_text(json.dumps(PLAN | {"modules": modules}))
+        return file
+
+    return write
+
+
+def test_a_plan_reaches_the_workers(bench, plan):
+    assert bench.run("--model_type", "naive,int4", "--precision_plan", str(plan())) == 0
+    saved = json.loads((bench.folder / "results" / "run" / "config.json").read_text())
+    weights = saved["techniques"]["int4"]["recipe"]["weights"]
+    assert json.loads(weights.removeprefix("int4-plan:")) == {
+        "default": {"bits": 4, "group_size": 32, "zero_point": False}, "modules": {}
+    }  # fmt: skip
+
+
+def test_a_plan_for_another_model_writes_nothing(bench, plan):
+    file = plan(**{"transformer.h.77.mlp.c_fc": {"bits": 8}})
+    assert bench.run("--model_type", "naive,int4", "--precision_plan", str(file)) == 2
+    assert "names transformer.h.77.mlp.c_fc" in bench.err
+    assert not (bench.folder / "results").exists()
+
+
+def test_a_plan_that_is_none_writes_nothing(bench, plan):
+    assert bench.run("--model_type", "naive,int4", "--precision_plan", str(plan(a={"bits": 2}))) == 2
+    assert "module 'a' has 2 bits" in bench.err
+    assert not (bench.folder / "results").exists()
+
+
+def test_a_plan_that_changed_is_refused_also_by_a_finished_run(bench, plan):
+    words = ("--model_type", "naive,int4", "--precision_plan", str(plan()))
+    assert bench.run(*words) == 0
+    assert bench.run(*words) == 0
+    plan_file = words[-1]
+    with open(plan_file, "w") as file:
+        json.dump(PLAN | {"default": {"bits": 4, "group_size": 64}}, file)
+    assert bench.run(*words) == 2
+    assert "how int4 would store weights is not as when this run began" in bench.err
+    assert bench.run(*words, "--overwrite") == 0
