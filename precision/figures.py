@@ -120,7 +120,7 @@ def _curve(findings: Findings, figure: Figure) -> None:
     axes.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xlabel("MB of the linear layers' weights")
     axes.set_ylabel("perplexity change, %")
-    axes.margins(x=0.12, y=0.22)
+    axes.margins(x=0.12, y=0.35)
     setting = f"{about['model']}, {about['dtype']} on {about['device']}, {about['judge_tokens']} tokens that chose no plan"
     axes.set_title(
         f"Perplexity against bytes of precision plans (orange, by budget); whiskers: standard error\n{setting}",
