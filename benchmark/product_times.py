@@ -9,22 +9,17 @@ is timed is neither launches nor cached weights. Writes `products.json` and `pro
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmark.files import write_atomically, write_json
-from benchmark.step_times import copy_bandwidth, timed
-from huggingface.transformers.integrations import triton_support
+from benchmark.device_times import copy_bandwidth, run, setting, timed
 from huggingface.transformers.integrations.quantized_linear import QuantizedWeight, quantized_linear
 from huggingface.transformers.quantizers.packing import WeightFormat
 
@@ -56,37 +51,14 @@ SHAPES = {
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one call; exit code 2 for bad arguments or a device without the kernels."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.product_times", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder for products.json and products.md"
-    )
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma list [%(default)s]")
-    flags = parser.parse_args(words)
-    names = flags.shapes.split(",")
-    unknown = [name for name in names if name not in SHAPES]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = triton_support.unavailable(device) or ("no CUDA device" if device.type != "cuda" else None)
-    if unknown or reason:
-        parser.error(f"--shapes knows {', '.join(SHAPES)}; got {unknown}." if unknown else str(reason))
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        result = measure(names, device)
-    write_json(flags.output_dir / "products.json", result)
-    write_atomically(flags.output_dir / "products.md", report(result))
-    sys.stdout.write(report(result))
-    return 0
+    return run("benchmark.product_times", str(__doc__), SHAPES, "products", measure, report, words)
 
 
 def measure(names: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Returns everything that is measured, with hardware, versions and date."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device_name": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "triton": triton_support.triton.__version__,
+        **setting(device),
         "dtype": "bfloat16",
         "weights": "random, published shapes",
         "bandwidth_bytes_per_s": copy_bandwidth(device),

@@ -9,25 +9,21 @@ plain and drafting steps, the step launched from Python, the prompt pass, attent
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
-from benchmark.files import write_atomically, write_json
+from benchmark.device_times import copy_bandwidth, run, setting, timed
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.graph_runner import geometry_of, release_runners, runner_for
 from huggingface.transformers.generation.step_record import PhaseTimer
 from huggingface.transformers.generation.tree_tuning import BEAM, DraftPlan
 from huggingface.transformers.generation.verification import Rule
-from huggingface.transformers.integrations import triton_support
 from huggingface.transformers.integrations.tree_attention import (
     AttentionWorkspace,
     StepRows,
@@ -40,7 +36,6 @@ PROMPT, CONTEXT, NEW_TOKENS = 256, 320, 128
 TREES = (8, 16, 32, 64)
 EAGER_TREE = 32
 PHASES = ("forward", "verify", "commit", "draft")
-REPLAYS = 30
 
 
 @dataclass(frozen=True)
@@ -64,35 +59,14 @@ ATTENTION_CONTEXTS = (320, 1500)
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one call; exit code 2 for bad arguments or a device that captures nothing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.step_times", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for steps.json and steps.md")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma list [%(default)s]")
-    flags = parser.parse_args(words)
-    names = flags.shapes.split(",")
-    unknown = [name for name in names if name not in SHAPES]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = triton_support.unavailable(device) or ("no CUDA device" if device.type != "cuda" else None)
-    if unknown or reason:
-        parser.error(f"--shapes knows {', '.join(SHAPES)}; got {unknown}." if unknown else str(reason))
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        result = measure(names, device)
-    write_json(flags.output_dir / "steps.json", result)
-    write_atomically(flags.output_dir / "steps.md", report(result))
-    sys.stdout.write(report(result))
-    return 0
+    return run("benchmark.step_times", str(__doc__), SHAPES, "steps", measure, report, words)
 
 
 def measure(names: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Returns everything that is measured, with hardware, versions and date."""
     ceiling = copy_bandwidth(device)
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device_name": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "triton": triton_support.triton.__version__,
+        **setting(device),
         "dtype": "bfloat16",
         "weights": "random, published shapes, vocabulary 50,257",
         "bandwidth_bytes_per_s": ceiling,
@@ -101,28 +75,6 @@ def measure(names: Sequence[str], device: torch.device) -> dict[str, Any]:
         "shapes": {name: measure_shape(SHAPES[name], device, ceiling) for name in names},
         "attention": [row for name in names for row in measure_attention(SHAPES[name], device)],
     }
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Returns bytes read and written a second by a large copy, the ceiling that weights are read at."""
-    source = torch.empty(2**32, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = timed(lambda: target.copy_(source), 5)
-    return 2 * source.nbytes / seconds
-
-
-def timed(work: Callable[[], object], times: int = REPLAYS) -> float:
-    """Returns the device's seconds for one run of the work, the mean of several in a row."""
-    for _ in range(3):
-        work()
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    first.record()
-    for _ in range(times):
-        work()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000 / times
 
 
 def build(shape: Shape, device: torch.device) -> Any:
