@@ -75,7 +75,7 @@ def shapes(draw) -> TreeShape:
 
 prompt = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=LIMIT - 1)
 short_prompt = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=14)
-CASES = settings(max_examples=340, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+CASES = settings(max_examples=140, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -117,7 +117,7 @@ def test_up_to_the_last_position(architecture, pruning, make_model, make_stock):
     model = make_model(architecture, pruning_rank=pruning)
     stock = make_stock(model)
 
-    @settings(CASES, max_examples=160)
+    @settings(CASES, max_examples=70)
     @given(prompt, shapes())
     def check(tokens, shape):
         keep = max(1, shape.nodes // 2) if pruning else None
