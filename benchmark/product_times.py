@@ -118,6 +118,7 @@ def _nf4(linear: torch.nn.Linear, device: torch.device) -> tuple[Product, int]:
 
 
 def _torchao(linear: torch.nn.Linear) -> tuple[Product, int]:
+    # As above: an optional package.
     from torchao.quantization import (  # type: ignore[import-not-found]
         Int4WeightOnlyConfig,
         quantize_,

@@ -25,7 +25,7 @@ def _numbers(packed, zero, BITS: tl.constexpr, HIGH: tl.constexpr):
 
 @jit
 def _scale_and_zero(
-    scale_ptr, zero_ptr, column, run, groups, inside, ZERO: tl.constexpr, GROUPED: tl.constexpr, BITS: tl.constexpr
+    scale_ptr, zero_ptr, column, run, groups, inside, ZERO: tl.constexpr, GROUPED: tl.constexpr
 ):  # fmt: skip
     """Returns float32 scales and zero points of (columns, 1) outputs and (1, runs) or scalar runs."""
     at = column * groups + (run if GROUPED else 0 * run)
@@ -48,8 +48,6 @@ def _row_sum(
     for chunk in tl.range(0, CHUNKS):
         run = chunk * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
         inside = (column < columns)[:, None] & (run < runs)[None, :]
-        place = column.to(tl.int64)[:, None, None] * (runs * BYTES)
-        place += (run * BYTES)[None, :, None] + byte[None, None, :]
         first = (run * RUN)[:, None] + byte[None, :]
         if BITS == 8:
             # The last run of a row may end before its last byte.
@@ -58,6 +56,8 @@ def _row_sum(
                 mask=inside[:, :, None] & (first < inner)[None, :, :], other=0, eviction_policy="evict_first",
             )  # fmt: skip
         else:
+            place = column.to(tl.int64)[:, None, None] * (runs * BYTES)
+            place += (run * BYTES)[None, :, None] + byte[None, None, :]
             packed = tl.load(
                 weight_ptr + place, mask=inside[:, :, None], other=0, eviction_policy="evict_first"
             )
@@ -70,7 +70,6 @@ def _row_sum(
             inside,
             ZERO,
             GROUPED,
-            BITS,
         )
         low = tl.load(row_ptr + first, mask=first < inner, other=0.0).to(tl.float32)
         products = _numbers(packed, zero[:, :, None], BITS, False) * low[None, :, :]
@@ -136,7 +135,7 @@ def _tile(
                 mask=valid[:, None], other=0,
             )  # fmt: skip
         scale, zero = _scale_and_zero(
-            scale_ptr, zero_ptr, column.to(tl.int64), run, groups, valid, ZERO, GROUPED, BITS
+            scale_ptr, zero_ptr, column.to(tl.int64), run, groups, valid, ZERO, GROUPED
         )
         low = tl.load(inputs + first[:, None], mask=rows_in & (first < inner)[:, None], other=0.0)
         part = tl.dot(_numbers(packed, zero[:, None], BITS, False).to(kind), low)
