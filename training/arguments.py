@@ -113,15 +113,18 @@ class TrainingFlags:
     streams_only: bool = option(
         False, "adapter: save the streams alone, with a reference to the base checkpoint"
     )
-    max_new_tokens: int = option(256, "longest continuation for adapter targets and calibration")
-    adapter_targets: str = option(
-        "own", "adapter: learn what the base itself writes, or the data's references, to compare", TARGETS
+    max_new_tokens: int = option(256, "longest continuation for own targets and calibration")
+    targets: str | None = option(
+        None,
+        "joint, adapter: learn the data's references, or what the given checkpoint itself writes after the prompts "
+        "[adapter own, joint references]",
+        TARGETS,
     )
     targets_dir: Path | None = option(
         None,
-        "adapter: folder of what the base wrote, which runs on the same base can share [output_dir/targets]",
+        "folder of what the checkpoint wrote, which runs on the same checkpoint can share [output_dir/targets]",
     )
-    target_batch_size: int = option(64, "prompts generated at once for adapter targets and calibration")
+    target_batch_size: int = option(64, "prompts generated at once for own targets and calibration")
     calibration_prompts: int = option(64, "held-out prompts a set for calibration; 0 to leave it out")
 
     def __post_init__(self) -> None:
@@ -202,8 +205,14 @@ class TrainingFlags:
             raise ValueError(
                 "--optimizer muon trains the layers' matrices, which --mode adapter leaves as they are."
             )
-        if self.mode != "adapter" and (self.adapter_targets != "own" or self.targets_dir is not None):
-            raise ValueError("--adapter_targets and --targets_dir belong to --mode adapter.")
+        if self.targets not in (None, *TARGETS):
+            raise ValueError(f"--targets {self.targets} is unknown; choose one of {', '.join(TARGETS)}.")
+        if self.mode == "scratch" and self.targets == "own":
+            raise ValueError(
+                "--targets own needs a model that can write already; train one with --mode scratch, then --mode joint."
+            )
+        if self.targets_dir is not None and not self.own_targets:
+            raise ValueError("--targets_dir keeps what the checkpoint writes; it goes with --targets own.")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -226,6 +235,11 @@ class TrainingFlags:
                     f"--data_weights '{item}': the set must be one of {known}, the number above 0."
                 )
         return weights
+
+    @property
+    def own_targets(self) -> bool:
+        """Whether the checkpoint's own continuations are learnt instead of the references."""
+        return (self.targets or ("own" if self.mode == "adapter" else "references")) == "own"
 
     @property
     def effective_prompt_loss_weight(self) -> float:

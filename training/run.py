@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, TrainingArguments
 from transformers.utils import logging as upstream_logging
 
 import huggingface.transformers  # noqa: F401 - registers the stream models
+from huggingface.transformers.generation.graph_runner import release_runners
 from training.arguments import TrainingFlags
 from training.calibration import Calibration, calibrate
 from training.checkpoints import choose_checkpoint
@@ -85,7 +87,7 @@ def train(flags: TrainingFlags) -> Outcome:
         prepared = prepare(flags, text, process.should_save, process.device)
     if flags.mode == "adapter":
         freeze_main(prepared.model)
-    if flags.mode == "adapter" and flags.adapter_targets == "own":
+    if flags.own_targets:
         prepare_targets(flags, prepared, process)
     trainer = make_trainer(flags, prepared, process)
     begin = time.monotonic()
@@ -204,22 +206,27 @@ def report_lengths(names: tuple[str, ...], parts: list[Encoded], limit: int) -> 
 
 
 def prepare_targets(flags: TrainingFlags, prepared: Prepared, process: TrainingArguments) -> None:
-    """Replaces all completions, in place, by what the base itself writes."""
+    """Replaces all completions, in place, by what the checkpoint itself writes: in bfloat16 where that is trained in."""
     prepared.model.to(process.device).eval()
-    continuer = make_continuer(flags, prepared)
+    writer = prepared.model
+    if flags.bf16 or flags.bf16_weights:
+        writer = copy.deepcopy(writer)
+        cast_weights(writer, torch.bfloat16)
+    continuer = make_continuer(flags, prepared, writer)
     folder = flags.targets_dir or flags.output_dir / "targets"
     share = (process.process_index, process.world_size)
     wait = process.distributed_state.wait_for_everyone
     prepared.train = own_continuations(continuer, unique_prompts(prepared.train), folder, share, wait)
     held_out = unique_prompts(prepared.held_out, flags.eval_examples)
     prepared.held_out = own_continuations(continuer, held_out, folder, share, wait)
+    release_runners(writer)
 
 
-def make_continuer(flags: TrainingFlags, prepared: Prepared) -> Continuer:
-    """Returns what writes the model's own greedy continuations."""
+def make_continuer(flags: TrainingFlags, prepared: Prepared, model: Any = None) -> Continuer:
+    """Returns what writes greedy continuations by the model, or by another with its tokenizer."""
     tokenizer = prepared.tokenizer
     return Continuer(
-        prepared.model,
+        model or prepared.model,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
         flags.max_new_tokens,

@@ -133,7 +133,8 @@ def adapter_jobs(flags: StudyFlags, fields: dict[str, int]) -> list[Job]:
     for source, rank in wanted:
         name = f"adapter_lora{rank}_{source}"
         settings = adapter_settings(flags, name, {**fields, "lora_rank": rank})
-        variants.append(Job(name, "variant", {**settings, "adapter_targets": source}, "targets"))
+        kept = settings["targets_dir"] if source == "own" else None
+        variants.append(Job(name, "variant", {**settings, "targets": source, "targets_dir": kept}, "targets"))
     return [base, targets, *variants]
 
 

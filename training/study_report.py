@@ -9,7 +9,7 @@ from huggingface.transformers.generation.tree_tuning import grow_tree
 from training.study_plan import Plan, StudyFlags, names_in_order
 
 BUDGETS = (8, 16, 32, 64)
-SHOWN = ("streams", "stream_layers", "transition_rank", "lora_rank", "adapter_targets")
+SHOWN = ("streams", "stream_layers", "transition_rank", "lora_rank", "targets")
 
 
 def study_document(

@@ -1,6 +1,6 @@
-"""Self-distilled targets: what a frozen model itself writes after the training prompts, kept on disk.
+"""Self-distilled targets: what a model itself writes after the training prompts, kept on disk.
 
-Streams of a frozen model must guess what that model will say, so references are no use to them. Continuations are appended to a
+Streams must guess what their model will say, and references are many ways of saying it. Continuations are appended to a
 JSON lines file as they come; its name is a digest of weights, prompts and length, so a cut run goes on where it stopped and a
 changed model never meets old targets.
 """

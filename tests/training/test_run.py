@@ -17,6 +17,7 @@ from training.checkpoints import last_complete
 from training.errors import DivergedError
 from training.objective import StreamObjective
 from training.run import base_reference, cast_weights, run
+from training.trainer import StreamTrainer
 
 from .conftest import TINY_NEO, text_pairs, write_rows
 
@@ -208,6 +209,36 @@ def test_joint_trains_the_base_too(tmp_path, own_file, stock_llama):
     again = run(flags_for("adapter", tmp_path / "more", train_file=own_file, model_name_or_path=str(folder)))
     config = json.loads((again / "config.json").read_text())
     assert (config["model_type"], config["lora_rank"]) == ("spec_stream_llama", 0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_joint_can_learn_what_its_checkpoint_writes(tmp_path, own_file, stock_llama, half, monkeypatch):
+    learnt = []
+    plain = StreamTrainer.__init__
+
+    def remember(self, objective, flags, examples, *others, **named):
+        learnt.append(examples)
+        plain(self, objective, flags, examples, *others, **named)
+
+    monkeypatch.setattr(StreamTrainer, "__init__", remember)
+    changes = {"train_file": own_file, "model_name_or_path": str(stock_llama), "targets": "own"}
+    folder = run(flags_for("joint", tmp_path / "out", **changes, bf16_weights=half))
+    base, trained = weights(stock_llama), weights(folder)
+    assert any(not torch.equal(tensor, trained[name]) for name, tensor in base.items())
+    writer = LlamaForCausalLM.from_pretrained(
+        stock_llama, dtype=torch.bfloat16 if half else torch.float32, attn_implementation="eager"
+    )
+    (examples,) = learnt
+    prompts = [examples.example(index)[0] for index in range(len(examples))]
+    assert len({tuple(prompt) for prompt in prompts}) == len(prompts)
+    likely = []
+    for index in range(min(8, len(examples))):
+        prompt, completion = examples.example(index)
+        logits = writer(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        likely += (logits.amax(1) - chosen).tolist()
+    # In half precision a tie may fall the other way in a batch.
+    assert max(likely) <= (0.05 if half else 1e-4)
 
 
 def test_nan_stops_with_the_last_good_checkpoint(scratch, monkeypatch):
