@@ -1,9 +1,9 @@
 """The kernel behind `quantized_linear.py` for one row: a step of plain decoding.
 
-Converting an integer to a float is four times as slow as adding two of them, and at 4 bits a product has some four instructions a
-weight before the arithmetic takes longer than the memory. So nothing is converted. A field of k bits put at the top of a float32's
-mantissa, under the exponent of one, *is* the number 1 + q / 2^k: a shift, one logical instruction, and the number is multiplied
-with its input. What that adds to the sum, the sum of the inputs, is taken off once for each 16 bytes of weights::
+Converting an integer to a float is four times as slow as adding two of them, and at 4 bits a product has some four instructions
+a weight before the arithmetic takes longer than the memory. So nothing is converted. A field of k bits put at the top of a
+float32's mantissa, under the exponent of one, *is* the number 1 + q / 2^k: a shift, one logical instruction, and the number is
+multiplied with its input. What that adds to the sum, the sum of the inputs, is taken off once for each 16 bytes of weights::
 
     sum (q - zero) x  =  2^k (sum (1 + q / 2^k) x  -  sum x)  -  zero sum x
 
@@ -185,8 +185,8 @@ def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-t
     row_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr,
     columns, pieces, one,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_PIECES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
-    GROUPED: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    GROUPED: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes `BLOCK_COLUMNS` outputs of one row.
 
@@ -232,7 +232,9 @@ def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-t
             next_words = _weights(weight_ptr, place + then[:, None], there, True)
             next_scale = scale
             if GROUPED:
-                next_scale = _load(scale_ptr + now + BLOCK_PIECES // 4 * PARTS, there, 0.0, True).to(tl.float32)
+                next_scale = _load(scale_ptr + now + BLOCK_PIECES // 4 * PARTS, there, 0.0, True).to(
+                    tl.float32
+                )
             if GATED:
                 next_factor_words = _weights(weight_ptr, factors + then[:, None], there, True)
                 next_factor_scale = factor_scale
@@ -246,10 +248,25 @@ def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-t
             if GATED:
                 factor_words = _weights(weight_ptr, factors + here[:, None], valid, MASKED)
                 if GROUPED:
-                    factor_scale = _load(scale_ptr + factor_group + start // 4 * PARTS, valid, 0.0, MASKED).to(tl.float32)
+                    factor_scale = _load(
+                        scale_ptr + factor_group + start // 4 * PARTS, valid, 0.0, MASKED
+                    ).to(tl.float32)
         scaled = _scaled_inputs(raw, BITS)
         total += _products(
-            words, scale, raw, scaled, one, scale_ptr, zero_ptr, now, valid, PARTS, BITS, ZERO, GROUPED, MASKED
+            words,
+            scale,
+            raw,
+            scaled,
+            one,
+            scale_ptr,
+            zero_ptr,
+            now,
+            valid,
+            PARTS,
+            BITS,
+            ZERO,
+            GROUPED,
+            MASKED,
         )
         if GATED:
             factor += _products(

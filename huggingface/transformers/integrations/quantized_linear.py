@@ -1,9 +1,9 @@
 """Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
 
 Two kernels: one row (`quantized_gemv.py`), and up to :data:`MANY_ROWS` (`quantized_linear_kernels.py`). Above that, as in a
-prompt, reading weights is no longer what a product costs; they are turned into the inputs' dtype and the vendor's library multiplies. The same happens on
-a CPU and in float32, where the kernels would gain nothing, except that torch's own product of 8-bit weights is used where it is
-faster: one row in bfloat16.
+prompt, reading weights is no longer what a product costs; they are turned into the inputs' dtype and the vendor's library
+multiplies. The same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's own product of
+8-bit weights is used where it is faster: one row in bfloat16.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _shared(weight: QuantizedWeight, bias, activation: int, gated: bool, residua
     """Returns the launch options that both kernels take."""
     kind = weight.kind
     pdl = overlaps_launches(weight.weight.device)
-    options = {
+    options: dict[str, object] = {
         "PARTS": RUN // kind.group_size if kind.group_size else 1, "BITS": kind.bits, "ZERO": kind.zero_point,
         "GROUPED": kind.group_size is not None, "ACTIVATION": activation, "GATED": gated, "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None, "PDL": pdl,
@@ -218,7 +218,9 @@ def _epilogue(rows, weight: QuantizedWeight, bias, residual, output) -> tuple[to
     return weight.scale, zero, bias, residual, output
 
 
-def _launch_row(tile: RowTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output) -> None:
+def _launch_row(
+    tile: RowTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output
+) -> None:
     columns = output.shape[-1]
     words = weight.weight.view(torch.int32)
     pieces = words.shape[1] // 4
@@ -263,9 +265,10 @@ def _launch_rows(
         columns,
         weight.inner,
         runs(weight.inner),
+        tile.splits,
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
-        SPLITS=tile.splits,
+        DIVIDED=tile.splits > 1,
         MASKED=columns % tile.columns != 0 or weight.inner % RUN != 0,
         PACKED=not interpreting(),
         num_warps=tile.warps,

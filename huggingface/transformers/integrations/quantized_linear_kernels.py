@@ -26,19 +26,19 @@ def _nibbles(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constex
         numbers = (((words >> (4 * PLACE)) & 15) - 8).to(tl.float32)
         result = numbers.to(tl.bfloat16 if BRAIN else tl.float16)
     else:
+        if PLACE == 0:
+            asm = "{ .reg .b32 t, u, v; lop3.b32 t, $1"
+        elif PLACE == 1:
+            asm = "{ .reg .b32 t, u, v; shr.u32 t, $1, 4; lop3.b32 t, t"
+        elif PLACE == 2:
+            asm = "{ .reg .b32 t, u, v; shr.u32 t, $1, 8; lop3.b32 t, t"
+        else:
+            asm = "{ .reg .b32 t, u, v; shr.u32 t, $1, 12; lop3.b32 t, t"
         if BRAIN:
             # 128 + q, times one, minus 136: bfloat16 has no packed sum before Hopper.
-            end: tl.constexpr = ", 0x000F000F, 0x43004300, 0xEA; mov.b32 u, 0x3F803F80; mov.b32 v, 0xC308C308; fma.rn.bf16x2 $0, t, u, v; }"
+            asm += ", 0x000F000F, 0x43004300, 0xEA; mov.b32 u, 0x3F803F80; mov.b32 v, 0xC308C308; fma.rn.bf16x2 $0, t, u, v; }"
         else:
-            end: tl.constexpr = ", 0x000F000F, 0x64006400, 0xEA; mov.b32 u, 0x64086408; sub.f16x2 $0, t, u; }"
-        if PLACE == 0:
-            asm: tl.constexpr = "{ .reg .b32 t, u, v; lop3.b32 t, $1" + end
-        elif PLACE == 1:
-            asm: tl.constexpr = "{ .reg .b32 t, u, v; shr.u32 t, $1, 4; lop3.b32 t, t" + end
-        elif PLACE == 2:
-            asm: tl.constexpr = "{ .reg .b32 t, u, v; shr.u32 t, $1, 8; lop3.b32 t, t" + end
-        else:
-            asm: tl.constexpr = "{ .reg .b32 t, u, v; shr.u32 t, $1, 12; lop3.b32 t, t" + end
+            asm += ", 0x000F000F, 0x64006400, 0xEA; mov.b32 u, 0x64086408; sub.f16x2 $0, t, u; }"
         result = tl.inline_asm_elementwise(
             asm, "=r,r", [words], dtype=tl.bfloat16 if BRAIN else tl.float16, is_pure=True, pack=2
         )
@@ -131,15 +131,15 @@ def _add_run4(
     return total if GROUPED else part
 
 
-@jit
+@jit(do_not_specialize=["rows", "splits"])  # so that one compilation serves every number
 def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     input_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, partial_ptr, arrival_ptr,
-    rows, columns, inner, runs,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
+    rows, columns, inner, runs, splits,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DIVIDED: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
     ZERO: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Computes one tile of outputs; the runs are divided among `SPLITS` programs, and the last to arrive adds up in order.
+    """Computes one tile of outputs; the runs are divided among `splits` programs, and the last to arrive adds up in order.
 
     `weight_ptr` holds int16 words at 4 bits, bytes at 8. `MASKED`: outputs or inputs do not divide into blocks and runs. `PARTS`:
     groups in a run.
@@ -149,7 +149,7 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
     row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     split = tl.program_id(1)
     tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    share = tl.cdiv(runs, SPLITS)
+    share = tl.cdiv(runs, splits)
     start, past = split * share, tl.minimum((split + 1) * share, runs)
     valid = column < columns
     rows_in = (row < rows)[None, :]
@@ -191,22 +191,22 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
                 packed = _columns(factors + run * WIDTH, within, MASKED)
                 factor = tl.dot(_signed(packed, value.dtype == tl.bfloat16, PACKED), value, factor)
     complete = True
-    if SPLITS > 1:
+    if DIVIDED:
         size: tl.constexpr = BLOCK_COLUMNS * BLOCK_ROWS
         width: tl.constexpr = size * (2 if GATED else 1)
         cell = tl.arange(0, BLOCK_COLUMNS)[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
-        mine = partial_ptr + (tile * SPLITS + split) * width
+        mine = partial_ptr + (tile * splits + split) * width
         tl.store(mine + cell, total, mask=rows_in)
         if GATED:
             tl.store(mine + size + cell, factor, mask=rows_in)
         tl.debug_barrier()
-        complete = tl.atomic_add(arrival_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        complete = tl.atomic_add(arrival_ptr + tile, 1, sem="acq_rel") == splits - 1
         if complete:
             tl.store(arrival_ptr + tile, 0)
             total = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)
             factor = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)
-            for other in range(SPLITS):
-                theirs = partial_ptr + (tile * SPLITS + other) * width
+            for other in range(splits):
+                theirs = partial_ptr + (tile * splits + other) * width
                 total += tl.load(theirs + cell, mask=rows_in, other=0.0, cache_modifier=".cg")
                 if GATED:
                     factor += tl.load(theirs + size + cell, mask=rows_in, other=0.0, cache_modifier=".cg")

@@ -97,7 +97,9 @@ def _compile(capability: int, module, name, signature, constexprs, num_warps, nu
 
     kernel = getattr(importlib.import_module(module), name)
     set_by_device = {"PDL": capability >= 90, "PACKED": True}
-    constexprs = constexprs | {name: value for name, value in set_by_device.items() if name in kernel.arg_names}
+    constexprs = constexprs | {
+        name: value for name, value in set_by_device.items() if name in kernel.arg_names
+    }
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     multiples = [
         index for index, (name, kind) in enumerate(types.items()) if kind.startswith("*") or name in aligned

@@ -28,7 +28,12 @@ def test_what_is_packed_comes_back():
 
 def test_the_quarters_of_a_run_share_words():
     numbers = torch.zeros(1, 2 * RUN, dtype=torch.uint8)
-    numbers[0, 129], numbers[0, 161], numbers[0, 193], numbers[0, 225] = 5, 9, 3, 14  # input 1 of each quarter
+    numbers[0, 129], numbers[0, 161], numbers[0, 193], numbers[0, 225] = (
+        5,
+        9,
+        3,
+        14,
+    )  # input 1 of each quarter
     words = pack(numbers).view(torch.int16)
     assert words.nonzero().tolist() == [[0, 33]]
     assert int(words[0, 33]) & 0xFFFF == 0xE395
