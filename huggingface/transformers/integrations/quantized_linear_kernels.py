@@ -26,19 +26,18 @@ def _nibbles(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constex
         numbers = (((words >> (4 * PLACE)) & 15) - 8).to(tl.float32)
         result = numbers.to(tl.bfloat16 if BRAIN else tl.float16)
     else:
-        if PLACE == 0:
-            asm = "{ .reg .b32 t, u, v; lop3.b32 t, $1"
-        elif PLACE == 1:
-            asm = "{ .reg .b32 t, u, v; shr.u32 t, $1, 4; lop3.b32 t, t"
-        elif PLACE == 2:
-            asm = "{ .reg .b32 t, u, v; shr.u32 t, $1, 8; lop3.b32 t, t"
-        else:
-            asm = "{ .reg .b32 t, u, v; shr.u32 t, $1, 12; lop3.b32 t, t"
-        if BRAIN:
-            # 128 + q, times one, minus 136: bfloat16 has no packed sum before Hopper.
-            asm += ", 0x000F000F, 0x43004300, 0xEA; mov.b32 u, 0x3F803F80; mov.b32 v, 0xC308C308; fma.rn.bf16x2 $0, t, u, v; }"
-        else:
-            asm += ", 0x000F000F, 0x64006400, 0xEA; mov.b32 u, 0x64086408; sub.f16x2 $0, t, u; }"
+        SHIFT: tl.constexpr = (
+            "mov.b32 t, $1;" if PLACE == 0 else
+            "shr.u32 t, $1, 4;" if PLACE == 1 else
+            "shr.u32 t, $1, 8;" if PLACE == 2 else
+            "shr.u32 t, $1, 12;"
+        )  # fmt: skip
+        # 128 + q, times one, minus 136, since bfloat16 has no packed sum before Hopper; or 1024 + q, minus 1032.
+        END: tl.constexpr = (
+            "0x43004300, 0xEA; mov.b32 u, 0x3F803F80; mov.b32 v, 0xC308C308; fma.rn.bf16x2 $0, t, u, v; }" if BRAIN else
+            "0x64006400, 0xEA; mov.b32 u, 0x64086408; sub.f16x2 $0, t, u; }"
+        )  # fmt: skip
+        asm: tl.constexpr = "{ .reg .b32 t, u, v;" + SHIFT + "lop3.b32 t, t, 0x000F000F, " + END
         result = tl.inline_asm_elementwise(
             asm, "=r,r", [words], dtype=tl.bfloat16 if BRAIN else tl.float16, is_pure=True, pack=2
         )
