@@ -1,9 +1,9 @@
 """Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
 
-Two kernels (`quantized_linear_kernels.py`): one row, and two to :data:`MANY_ROWS`. Above that, as in a prompt, reading weights
-is no longer what a product costs; they are turned into the inputs' dtype and the vendor's library multiplies. The same happens on
-a CPU and in float32, where the kernels would gain nothing, except that torch's own product of 8-bit weights is used where it is
-faster: one row in bfloat16.
+Two kernels: one row (`quantized_gemv.py`), and up to :data:`MANY_ROWS` (`quantized_linear_kernels.py`). Above that, as in a
+prompt, reading weights is no longer what a product costs; they are turned into the inputs' dtype and the vendor's library
+multiplies. The same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's own product of
+8-bit weights is used where it is faster: one row in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..quantizers.packing import WeightFormat, dequantize, quantize
+from ..quantizers.packing import RUN, WeightFormat, dequantize, quantize, runs
 from .fused_norm import add_norm
-from .quantized_linear_kernels import quantized_row_kernel, quantized_rows_kernel
+from .quantized_gemv import quantized_row_kernel
+from .quantized_linear_kernels import quantized_rows_kernel
+from .quantized_linear_tiles import Product, RowsTile, RowTile, choose_tile
 from .skinny_linear import ACTIVATIONS, DTYPES, arrivals, finish
-from .triton_support import overlaps_launches, triton, unavailable
+from .triton_support import interpreting, overlaps_launches, triton, unavailable
 
 MANY_ROWS = 64
 """Rows above which the weights are read back and the vendor's library multiplies."""
-BYTES_RUN = 128
-"""Inputs that the kernels take together at 8 bits."""
-PROGRAMS = 132
-"""Multiprocessors of an H200: fewer programs than that and the runs are divided."""
-MOST_SPLITS = 8
-ROW_COLUMNS, ROW_BYTES = 8, 1024
-"""Outputs of a program at one row, and bytes of each that it reads at a time."""
+ONE = 0x3F800000
+"""The bits of 1.0 in float32."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +162,27 @@ def quantized_linear(
     if count > MANY_ROWS:
         return quantized_linear_reference(rows, weight, bias, activation, gated, residual)
     output = rows.new_empty(*rows.shape[:-1], weight.outputs // (2 if gated else 1))
-    launch = _launch_row if count == 1 else _launch_rows
-    launch(rows.contiguous(), weight, bias, ACTIVATIONS[activation], gated, residual, output)
+    tile = choose_tile(rows.device, Product(weight.kind, count, weight.outputs, weight.inner, gated))
+    launch(tile, rows.contiguous(), weight, bias, ACTIVATIONS[activation], gated, residual, output)
     return output
+
+
+def launch(
+    tile: RowTile | RowsTile,
+    rows: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None,
+    activation: int,
+    gated: bool,
+    residual: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """Writes a product to `output`, on a kernel and in blocks that a tile names; other arguments as `quantized_linear`'s."""
+    given = (rows, weight, bias, activation, gated, residual, output)
+    if isinstance(tile, RowTile):
+        _launch_row(tile, *given)
+    else:
+        _launch_rows(tile, *given)
 
 
 def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -184,86 +199,79 @@ def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tens
     return F.linear(rows, weight.dense(rows.dtype), bias)
 
 
-def _sizes(weight: QuantizedWeight) -> dict[str, int]:
-    """Returns how the kernels walk a weight: inputs and bytes of a run, runs of a row, and scales of an output."""
-    kind = weight.kind
-    run = BYTES_RUN if kind.bits == 8 else kind.run
-    return {
-        "run": run,
-        "bytes": run if kind.bits == 8 else run // 2,
-        "runs": -(-weight.inner // run),
-        "groups": weight.scale.shape[1],
-    }
-
-
-def _shared(
-    weight: QuantizedWeight, sizes, bias, activation: int, gated: bool, residual
-) -> dict[str, object]:
+def _shared(weight: QuantizedWeight, bias, activation: int, gated: bool, residual) -> dict[str, object]:
     """Returns the launch options that both kernels take."""
+    kind = weight.kind
     pdl = overlaps_launches(weight.weight.device)
-    options = {
-        "RUN": sizes["run"], "BYTES": sizes["bytes"], "BITS": weight.kind.bits, "ZERO": weight.kind.zero_point,
-        "GROUPED": weight.kind.group_size is not None, "ACTIVATION": activation, "GATED": gated,
-        "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "PDL": pdl,
+    options: dict[str, object] = {
+        "PARTS": RUN // kind.group_size if kind.group_size else 1, "BITS": kind.bits, "ZERO": kind.zero_point,
+        "GROUPED": kind.group_size is not None, "ACTIVATION": activation, "GATED": gated, "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None, "PDL": pdl,
     }  # fmt: skip
     return options | ({"launch_pdl": True} if pdl else {})
 
 
-def _pointers(rows, weight: QuantizedWeight, bias, residual, output) -> tuple[torch.Tensor, ...]:
-    zero = weight.weight if weight.zero is None else weight.zero
+def _epilogue(rows, weight: QuantizedWeight, bias, residual, output) -> tuple[torch.Tensor, ...]:
+    """Returns the kernels' pointers from the scales on; what is not there is never read."""
+    zero = weight.scale if weight.zero is None else weight.zero
     bias, residual = (rows if one is None else one for one in (bias, residual))
-    return rows, weight.weight, weight.scale, zero, bias, residual, output
+    return weight.scale, zero, bias, residual, output
 
 
-def _launch_row(rows, weight: QuantizedWeight, bias, activation, gated, residual, output) -> None:
-    sizes, columns = _sizes(weight), output.shape[-1]
-    block_runs = max(1, min(ROW_BYTES // sizes["bytes"], triton.next_power_of_2(sizes["runs"])))
-    quantized_row_kernel[(triton.cdiv(columns, ROW_COLUMNS),)](
-        *_pointers(rows, weight, bias, residual, output),
+def _launch_row(
+    tile: RowTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output
+) -> None:
+    columns = output.shape[-1]
+    words = weight.weight.view(torch.int32)
+    pieces = words.shape[1] // 4
+    quantized_row_kernel[(triton.cdiv(columns, tile.columns),)](
+        _aligned(rows).view(torch.int32),
+        words,
+        *_epilogue(rows, weight, bias, residual, output),
         columns,
-        weight.inner,
-        sizes["runs"],
-        sizes["groups"],
-        BLOCK_COLUMNS=ROW_COLUMNS,
-        BLOCK_RUNS=block_runs,
-        CHUNKS=triton.cdiv(sizes["runs"], block_runs),
-        num_warps=4,
-        **_shared(weight, sizes, bias, activation, gated, residual),
+        pieces,
+        ONE,
+        BLOCK_COLUMNS=tile.columns,
+        BLOCK_PIECES=tile.pieces,
+        MASKED=columns % tile.columns != 0 or pieces % tile.pieces != 0,
+        AHEAD=tile.ahead,
+        num_warps=tile.warps,
+        **_shared(weight, bias, activation, gated, residual),
     )
 
 
-def choose_tile(rows: int, columns: int, runs: int) -> tuple[int, int, int]:
-    """Returns rows and outputs of a program's tile, and among how many programs its runs are divided."""
-    block_rows = min(64, max(16, triton.next_power_of_2(rows)))
-    tiles = triton.cdiv(columns, 64) * triton.cdiv(rows, block_rows)
-    splits = 1
-    while tiles * splits < PROGRAMS and splits < MOST_SPLITS and 2 * splits <= runs:
-        splits *= 2
-    return block_rows, 64, splits
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Returns the rows, copied where they do not start at a multiple of 16 bytes."""
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
-def _launch_rows(rows, weight: QuantizedWeight, bias, activation, gated, residual, output) -> None:
-    sizes, columns = _sizes(weight), output.shape[-1]
+def _launch_rows(
+    tile: RowsTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output
+) -> None:
+    columns = output.shape[-1]
     count = rows.numel() // weight.inner
-    block_rows, block_columns, splits = choose_tile(count, columns, sizes["runs"])
-    grid = (triton.cdiv(columns, block_columns), splits, triton.cdiv(count, block_rows))
+    grid = (triton.cdiv(columns, tile.columns), tile.splits, triton.cdiv(count, tile.rows))
     partials = rows
-    if splits > 1:
-        cells = grid[0] * grid[1] * grid[2] * block_rows * block_columns * (2 if gated else 1)
+    if tile.splits > 1:
+        cells = grid[0] * grid[1] * grid[2] * tile.rows * tile.columns * (2 if gated else 1)
         partials = torch.empty(cells, dtype=torch.float32, device=rows.device)
     quantized_rows_kernel[grid](
-        *_pointers(rows, weight, bias, residual, output),
+        rows,
+        weight.weight if weight.kind.bits == 8 else weight.weight.view(torch.int16),
+        *_epilogue(rows, weight, bias, residual, output),
         partials,
         arrivals(rows.device),
         count,
         columns,
         weight.inner,
-        sizes["runs"],
-        sizes["groups"],
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        SPLITS=splits,
-        num_warps=8 if block_rows == 64 else 4,  # four spill in a gated product
-        num_stages=3,
-        **_shared(weight, sizes, bias, activation, gated, residual),
+        runs(weight.inner),
+        tile.splits,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        DIVIDED=tile.splits > 1,
+        MASKED=columns % tile.columns != 0 or weight.inner % RUN != 0,
+        PACKED=not interpreting(),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **_shared(weight, bias, activation, gated, residual),
     )

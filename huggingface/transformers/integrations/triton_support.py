@@ -16,6 +16,7 @@ every kernel is therefore::
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ LEAST_CAPABILITY = (8, 0)
 """Oldest GPU the kernels are written for: Ampere."""
 
 
-def jit(function: Any) -> Any:
-    """Returns the Triton kernel of a function, or the function itself where there is no Triton."""
-    return triton.jit(function) if triton is not None else function
+def jit(function: Any = None, **options: Any) -> Any:
+    """Returns the Triton kernel of a function, or the function itself where there is no Triton; with options, a decorator."""
+    if function is None:
+        return partial(jit, **options)
+    return triton.jit(function, **options) if triton is not None else function
 
 
 def interpreting() -> bool:

@@ -3,9 +3,14 @@
 8 bits: one scale an output, `w = q * scale` with q in -127 .. 127. 4 bits: one scale an output, or one for each group of
 consecutive inputs, without a zero point (`w = (q - 8) * scale`) or with one (`w = (q - zero) * scale`); q in 0 .. 15.
 
-Two 4-bit numbers share a byte. They are not neighbours: a run of inputs (a group, or 128 of them where an output has one scale)
-is cut into halves, the first in the low nibbles, the second in the high ones, in order. So a kernel reads both halves of the
-inputs as consecutive elements and never interleaves. An output's last run is filled up with weights of zero.
+Four 4-bit numbers share 16 bits. They are not neighbours: a run of 128 inputs is cut into quarters of 32, and 16-bit word h holds
+input h of each, the first quarter in the lowest bits::
+
+    bits of word h     0 .. 3     4 .. 7     8 .. 11    12 .. 15
+    input of the run   h          32 + h     64 + h     96 + h
+
+So a kernel takes consecutive inputs out of consecutive words, two at a time with one instruction, and never interleaves. An
+output's last run is filled up with weights of zero, whose groups have scales like others.
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ from dataclasses import dataclass
 import torch
 
 GROUP_SIZES = (32, 64, 128)
-WHOLE_RUN = 128
-"""Inputs that share bytes where an output has a single scale."""
+RUN = 128
+"""Inputs that are packed together at 4 bits; groups divide it."""
 LARGEST_INT8, LARGEST_INT4, MIDDLE_INT4 = 127, 7, 8
 
 
@@ -45,23 +50,14 @@ class WeightFormat:
         if self.zero_point and self.group_size is None:
             raise ValueError("a zero point goes with groups; give a group size.")
 
-    @property
-    def run(self) -> int:
-        """Inputs that are packed together."""
-        return 1 if self.bits == 8 else self.group_size or WHOLE_RUN
-
-    def runs(self, inner: int) -> int:
-        """Returns the number of runs of `inner` inputs, the last one filled up."""
-        return -(-inner // self.run)
-
     def shapes(self, outputs: int, inner: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of `weight`, `weight_scale` and, with zero points, `weight_zero`."""
         if self.bits == 8:
             return {"weight": (outputs, inner), "weight_scale": (outputs, 1)}
-        runs = self.runs(inner)
-        groups = runs if self.group_size else 1
+        padded = runs(inner) * RUN
+        groups = padded // self.group_size if self.group_size else 1
         zeros: dict[str, tuple[int, ...]] = {"weight_zero": (outputs, groups)} if self.zero_point else {}
-        return {"weight": (outputs, runs * self.run // 2), "weight_scale": (outputs, groups), **zeros}
+        return {"weight": (outputs, padded // 2), "weight_scale": (outputs, groups), **zeros}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -69,6 +65,11 @@ class WeightFormat:
         scale = torch.float16 if self.group_size else torch.float32
         weight = torch.int8 if self.bits == 8 else torch.uint8
         return {"weight": weight, "weight_scale": scale, "weight_zero": torch.uint8}
+
+
+def runs(inner: int) -> int:
+    """Returns the number of runs of `inner` inputs, the last one filled up."""
+    return -(-inner // RUN)
 
 
 def quantize(weight: torch.Tensor, kind: WeightFormat) -> dict[str, torch.Tensor]:
@@ -89,9 +90,9 @@ def quantize(weight: torch.Tensor, kind: WeightFormat) -> dict[str, torch.Tensor
         scale = values.abs().amax(1, keepdim=True) / LARGEST_INT8
         numbers = _divided(values, scale).round_().to(torch.int8)
         return {"weight": numbers, "weight_scale": scale}
-    runs = kind.runs(inner)
-    values = torch.nn.functional.pad(values, (0, runs * kind.run - inner))
-    groups = values.view(outputs, runs if kind.group_size else 1, -1)
+    padded = runs(inner) * RUN
+    values = torch.nn.functional.pad(values, (0, padded - inner))
+    groups = values.view(outputs, padded // kind.group_size if kind.group_size else 1, -1)
     lowest, highest = groups.amin(2), groups.amax(2)
     if kind.zero_point:
         lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)  # zero stays a weight: the filling is
@@ -107,7 +108,7 @@ def quantize(weight: torch.Tensor, kind: WeightFormat) -> dict[str, torch.Tensor
         zero = _divided(-lowest, scale).round_().clamp_(0, 15)
     least = 0 if kind.zero_point else MIDDLE_INT4 - LARGEST_INT4
     numbers = _divided(groups, scale[..., None]).add_(zero[..., None]).round_().clamp_(least, 15)
-    tensors = {"weight": pack(numbers.view(outputs, -1), kind.run), "weight_scale": stored}
+    tensors = {"weight": pack(numbers.view(outputs, -1)), "weight_scale": stored}
     return tensors | ({"weight_zero": zero.to(torch.uint8)} if kind.zero_point else {})
 
 
@@ -126,7 +127,7 @@ def dequantize(
     scale = tensors["weight_scale"].float()
     if kind.bits == 8:
         return (tensors["weight"].float() * scale).to(dtype)
-    numbers = unpack(tensors["weight"], kind.run)[:, :inner].float()
+    numbers = unpack(tensors["weight"])[:, :inner].float()
     zero = tensors["weight_zero"].float() if kind.zero_point else torch.full_like(scale, MIDDLE_INT4)
     if kind.group_size:
         scale, zero = (
@@ -135,13 +136,14 @@ def dequantize(
     return ((numbers - zero) * scale).to(dtype)
 
 
-def pack(numbers: torch.Tensor, run: int) -> torch.Tensor:
-    """Returns (out, in / 2) bytes of (out, in) numbers from 0 to 15; `run` divides the inputs."""
-    halves = numbers.to(torch.uint8).view(len(numbers), -1, 2, run // 2)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(len(numbers), -1)
+def pack(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns (out, in / 2) bytes of (out, in) numbers from 0 to 15; `RUN` divides the inputs."""
+    quarters = numbers.to(torch.uint8).view(len(numbers), -1, 2, 2, RUN // 4)
+    two = quarters[:, :, :, 0] | (quarters[:, :, :, 1] << 4)  # (out, runs, bytes of a word, words)
+    return two.transpose(2, 3).reshape(len(numbers), -1)
 
 
-def unpack(packed: torch.Tensor, run: int) -> torch.Tensor:
+def unpack(packed: torch.Tensor) -> torch.Tensor:
     """Returns what :func:`pack` packed: (out, in) uint8 from (out, in / 2)."""
-    halves = packed.view(len(packed), -1, run // 2)
-    return torch.stack([halves & 15, halves >> 4], dim=2).reshape(len(packed), -1)
+    two = packed.view(len(packed), -1, RUN // 4, 2).transpose(2, 3)
+    return torch.stack([two & 15, two >> 4], dim=3).reshape(len(packed), -1)

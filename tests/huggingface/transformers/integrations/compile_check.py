@@ -64,7 +64,7 @@ def compile_kernel(
         kernel: Its name there.
         signature: Types of the arguments that are not constants, as Triton spells them: `*fp16`, `i32`. Pointers count as
             aligned to 16 bytes.
-        constexprs: Values of the constants; `PDL`, if the kernel has it, is added.
+        constexprs: Values of the constants; `PDL` and `PACKED`, if the kernel has them, are added.
         num_warps: Warps of a program.
         num_stages: Stages of its pipeline.
         capabilities: What to compile for.
@@ -96,8 +96,10 @@ def _compile(capability: int, module, name, signature, constexprs, num_warps, nu
     from triton.backends.compiler import GPUTarget
 
     kernel = getattr(importlib.import_module(module), name)
-    overlaps = {"PDL": capability >= 90} if "PDL" in kernel.arg_names else {}
-    constexprs = constexprs | overlaps
+    set_by_device = {"PDL": capability >= 90, "PACKED": True}
+    constexprs = constexprs | {
+        name: value for name, value in set_by_device.items() if name in kernel.arg_names
+    }
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     multiples = [
         index for index, (name, kind) in enumerate(types.items()) if kind.startswith("*") or name in aligned

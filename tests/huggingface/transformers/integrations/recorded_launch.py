@@ -14,9 +14,9 @@ import torch
 
 KINDS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
-    torch.uint8: "*u8",
+    torch.uint8: "*u8", torch.int16: "*i16",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "PDL")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "PDL", "PACKED")
 
 
 class _Recorder:

@@ -19,6 +19,7 @@ from huggingface.transformers.integrations.quantized_linear import (
     quantized_linear,
     quantized_linear_reference,
 )
+from huggingface.transformers.integrations.quantized_linear_tiles import RowsTile, RowTile
 from huggingface.transformers.integrations.skinny_linear import arrivals
 from huggingface.transformers.integrations.triton_support import unavailable
 from huggingface.transformers.quantizers.packing import WeightFormat
@@ -95,12 +96,12 @@ def started(monkeypatch) -> list[str]:
 
 @needs_kernels
 @pytest.mark.parametrize("rows", [1, 3, 17])
-@pytest.mark.parametrize("columns, inner", [(5, 32), (16, 128), (33, 100), (70, 300), (1, 1)])
+@pytest.mark.parametrize("columns, inner", [(5, 32), (16, 128), (33, 100), (70, 300), (9, 640), (1, 1)])
 @pytest.mark.parametrize("kind", FORMATS, ids=str)
 def test_any_size(kind, columns, inner, rows, monkeypatch):
     names = started(monkeypatch)
     check_loss(arguments(rows, columns, inner, kind))
-    assert names == ["_launch_row" if rows == 1 else "_launch_rows"]
+    assert names == ["_launch_row" if rows == 1 and inner % 128 == 0 else "_launch_rows"]
 
 
 @needs_kernels
@@ -110,7 +111,7 @@ def test_any_size(kind, columns, inner, rows, monkeypatch):
 @pytest.mark.parametrize("kind", FEW, ids=str)
 def test_every_epilogue(kind, gated, activation, rows):
     for bias, residual in itertools.product((False,) if gated else (False, True), (False, True)):
-        given = arguments(rows, 21, 160, kind, gated, bias, residual)
+        given = arguments(rows, 21, 256, kind, gated, bias, residual)
         check_loss(given, activation=activation, gated=gated)
 
 
@@ -122,12 +123,24 @@ def test_a_norm_in_front(rows, norm):
 
 
 @needs_kernels
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("columns, pieces", [(8, 32), (4, 8), (2, 64)])
+@pytest.mark.parametrize("kind", FEW, ids=str)
+def test_one_row_in_chunks(kind, columns, pieces, ahead, monkeypatch):
+    """Whether chunks and outputs divide or not, and whether or not the next chunk is read ahead."""
+    monkeypatch.setattr(module, "choose_tile", lambda *product: RowTile(columns, pieces, 1, ahead))
+    for outputs, inner, gated in ((16, 1024, False), (13, 1920, False), (11, 640, True)):
+        given = arguments(1, outputs, inner, kind, gated)
+        check_loss(given, activation="silu" if gated else None, gated=gated)
+
+
+@needs_kernels
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_runs_are_divided(gated, splits, monkeypatch):
     """Also into shares of different size, and empty ones; whoever comes last, the sum is the same."""
-    monkeypatch.setattr(module, "choose_tile", lambda *sizes: (16, 16, splits))
-    given = arguments(20, 40, 160, WeightFormat(4, 32), gated=gated)
+    monkeypatch.setattr(module, "choose_tile", lambda *product: RowsTile(16, 16, splits, 4, 3))
+    given = arguments(20, 40, 600, WeightFormat(4, 32), gated=gated)
     first = check_loss(given, activation="silu", gated=gated)
     assert torch.equal(first, check_loss(given, activation="silu", gated=gated))
     assert not arrivals(DEVICE).any()

@@ -1,0 +1,343 @@
+"""Finds the fastest tiles of products with packed weights on a device.
+
+    python -m benchmark.tune_products --output huggingface/transformers/integrations/quantized_linear_tiles.json
+
+For every product of the published decoders of `product_times`, every format and number of rows, it times what
+:func:`candidates` names, in a graph over copies of a weight that together exceed the second-level cache. A candidate whose result
+is off is dropped and named. The fastest goes into the file under the device's name; entries of other devices stay. Beside the
+file, `.md` has the times and `.timings.json` those of every candidate. Kernels are compiled in processes of their own meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmark.compile_ahead import Compilers
+from benchmark.device_times import setting
+from benchmark.files import read_json, write_atomically, write_json
+from benchmark.product_times import FORMATS, SHAPES, Shape, geometric_mean, graph_seconds
+from huggingface.transformers.integrations import triton_support
+from huggingface.transformers.integrations.quantized_linear import (
+    QuantizedWeight,
+    launch,
+)
+from huggingface.transformers.integrations.quantized_linear_tiles import (
+    Product,
+    RowsTile,
+    RowTile,
+    Tile,
+    default_tile,
+)
+from huggingface.transformers.integrations.skinny_linear import ACTIVATIONS
+from huggingface.transformers.quantizers.packing import WeightFormat, runs
+
+TIMED_ROWS = {1: (1,), 16: (16,), 32: (32,), 64: (33, 64)}
+"""For each number of rows that tiles are chosen for, those that are timed; the least sum is chosen."""
+FEWEST_PROGRAMS, MOST_PROGRAMS = 100, 1100
+"""Programs of a product whose runs are divided: fewer leave multiprocessors idle, more only add partial sums."""
+
+
+@dataclass
+class Tuning:
+    """What one call found.
+
+    Attributes:
+        deadline: clock time after which no further candidate is timed.
+        timings: a line for each product, format, rows and candidate: what it is, and `s`, seconds for each number of rows.
+        baseline: for outputs, inner and rows, the half-precision product's seconds.
+        skipped: candidates that were not timed because of the deadline.
+    """
+
+    deadline: float
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    baseline: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    skipped: int = 0
+
+
+def row_candidates(product: Product) -> Iterator[RowTile]:
+    """Yields tiles of the kernel for one row."""
+    half = 2 if product.gated else 1
+    for columns, pieces, warps in (
+        (2, 128, 4), (4, 128, 4), (8, 128, 4), (4, 64, 2), (8, 64, 2), (4, 32, 1), (8, 32, 1), (16, 32, 4), (4, 256, 8),
+    ):  # fmt: skip
+        if pieces >= 2 * product.pieces:
+            continue
+        for ahead in (False, True):
+            if not ahead or (pieces < product.pieces and columns < 8):
+                yield RowTile(columns // half, pieces, warps, ahead)
+
+
+def rows_candidates(product: Product) -> Iterator[RowsTile]:
+    """Yields tiles of the kernel on the tensor cores."""
+    if product.rows == 1:
+        shapes = [(8, 64, 4, 4), (16, 64, 4, 4), (16, 64, 2, 4)]
+    elif product.rows <= 16:
+        shapes = [(16, 64, 4, 3), (16, 64, 4, 5), (16, 64, 2, 4), (16, 128, 4, 4), (16, 128, 8, 4)]
+    elif product.rows <= 32:
+        shapes = [(32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 2, 4), (32, 128, 4, 3), (32, 128, 8, 3)]
+    else:
+        shapes = [
+            (64, 64, 4, 3),
+            (64, 64, 4, 4),
+            (64, 128, 8, 3),
+            (64, 128, 4, 3),
+            (64, 128, 8, 4),
+            (32, 128, 8, 3),
+        ]
+    for rows, columns, warps, stages in shapes:
+        if product.gated and columns == 128 and warps == 4:
+            continue  # spills
+        tiles = -(-product.columns // columns) * -(-product.rows // rows)
+        for splits in (1, 2, 4, 8):
+            fits = FEWEST_PROGRAMS <= tiles * splits <= MOST_PROGRAMS and 2 * splits <= runs(product.inner)
+            if fits or (splits == 1 and tiles > MOST_PROGRAMS):
+                yield RowsTile(rows, columns, splits, warps, stages)
+
+
+def candidates(product: Product) -> list[Tile]:
+    """Returns the tiles that are tried for a product, the rule's own first."""
+    found: list[Tile] = [default_tile(product)]
+    if product.rows == 1:
+        found += row_candidates(product)
+    found += rows_candidates(product)
+    return list(dict.fromkeys(found))
+
+
+def products(models: Sequence[str]) -> Iterator[tuple[str, str, Shape]]:
+    """Yields model, part and shape of every different product."""
+    seen = set()
+    for model in models:
+        for part, shape in SHAPES[model].items():
+            if shape not in seen:
+                seen.add(shape)
+                yield model, part, shape
+
+
+def run_tile(tile: Tile, rows: torch.Tensor, weight: QuantizedWeight, gated: bool) -> torch.Tensor:
+    """Returns the product, activated by SiLU where gated, of (1, rows, in) with a weight, computed in a tile."""
+    output = rows.new_empty(*rows.shape[:-1], weight.outputs // (2 if gated else 1))
+    activation = ACTIVATIONS["silu" if gated else None]
+    launch(tile, rows, weight, None, activation, gated, None, output)
+    return output
+
+
+def compile_all(compilers: Compilers, models: Sequence[str], device: torch.device) -> dict[Any, list[Any]]:
+    """Starts every compilation; returns the futures by product and tile."""
+    futures: dict[Any, list[Any]] = {}
+    for _, _, shape in products(models):
+        for kind in FORMATS.values():
+            stored = {
+                name: torch.empty(size, dtype=kind.dtypes[name], device=device)
+                for name, size in kind.shapes(shape.outputs, shape.inner).items()
+            }
+            weight = QuantizedWeight(kind, shape.inner, stored["weight"], stored["weight_scale"])
+            for most in TIMED_ROWS:
+                rows = torch.empty(1, most, shape.inner, device=device, dtype=torch.bfloat16)
+                product = Product(kind, most, shape.outputs, shape.inner, shape.gated)
+                for tile in candidates(product):
+                    futures[product, tile] = compilers.compile(
+                        lambda t=tile, r=rows, w=weight, g=shape.gated: run_tile(t, r, w, g)  # type: ignore[misc]
+                    )
+    return futures
+
+
+def off(
+    tile: Tile,
+    rows: torch.Tensor,
+    weight: QuantizedWeight,
+    gated: bool,
+    exact: torch.Tensor,
+    plain: torch.Tensor,
+) -> float:
+    """Returns a tile's largest error over what plain operations of the dtype may be off; above 1 it is wrong."""
+    got = run_tile(tile, rows, weight, gated)
+    rounding = torch.finfo(rows.dtype).eps / 2 * float(exact.abs().max())
+    allowed = 2 * float((plain.float() - exact).abs().max()) + 2 * rounding
+    return float((got.float() - exact).abs().max()) / allowed
+
+
+def tune_format(
+    tuning: Tuning, name: str, shape: Shape, kind: WeightFormat, futures: dict[Any, list[Any]], device: torch.device,
+    cache_bytes: int,
+) -> None:  # fmt: skip
+    """Times all candidates of a product in one format."""
+    dense = torch.randn(shape.outputs, shape.inner, device=device, dtype=torch.bfloat16) * 0.02
+    weight = QuantizedWeight.of(dense, kind)
+    stored = sum(tensor.nbytes for tensor in weight.tensors().values())
+    exact_weight, plain_weight = weight.dense(torch.float32), weight.dense(torch.bfloat16)
+    copies = [weight] + [
+        QuantizedWeight(kind, shape.inner, weight.weight.clone(), weight.scale.clone())
+        for _ in range(2 * cache_bytes // stored)
+    ]
+    for most, counts in TIMED_ROWS.items():
+        product = Product(kind, most, shape.outputs, shape.inner, shape.gated)
+        given = {
+            count: torch.randn(1, count, shape.inner, device=device, dtype=torch.bfloat16) for count in counts
+        }
+        answers = {
+            count: tuple(
+                finished(F.linear(rows.to(dense.dtype), dense), shape.gated)
+                for dense in (exact_weight, plain_weight)
+            )
+            for count, rows in given.items()
+        }
+        best: tuple[float, Tile | None] = (float("inf"), None)
+        for tile in candidates(product):
+            if perf_counter() > tuning.deadline:
+                tuning.skipped += 1
+                continue
+            try:
+                for future in futures[product, tile]:
+                    future.result()
+                errors = [
+                    off(tile, rows, weight, shape.gated, *answers[count]) for count, rows in given.items()
+                ]
+            except (RuntimeError, triton_support.triton.errors.TritonError) as error:
+                say(f"dropped: {name} {product.keys} {tile}: {str(error).splitlines()[0]}")
+                continue
+            if not max(errors) <= 1:
+                say(f"dropped: {name} {product.keys} {tile}: {max(errors):.2f} of the error allowed")
+                continue
+            calls = [lambda r, w=one, t=tile: run_tile(t, r, w, shape.gated) for one in copies]
+            seconds = {count: graph_seconds(calls, rows) for count, rows in given.items()}
+            tuning.timings.append(
+                {
+                    "name": name, "format": product.keys[0], "rows": most, "outputs": shape.outputs, "inner": shape.inner,
+                    "gated": shape.gated, "bytes": stored, "tile": asdict(tile), "s": seconds,
+                }
+            )  # fmt: skip
+            best = min(best, (sum(seconds.values()), tile), key=lambda pair: pair[0])
+        base = sum(tuning.baseline[shape.outputs, shape.inner, count] for count in counts)
+        say(
+            f"{name} {' '.join(product.keys)}: {base / best[0]:.2f} of bf16, {best[0] / len(counts) * 1e6:.1f} us, {best[1]}"
+        )
+
+
+def finished(output: torch.Tensor, gated: bool) -> torch.Tensor:
+    """Returns a plain product with the gate applied where it has one."""
+    if not gated:
+        return output
+    gate, factor = output.chunk(2, dim=-1)
+    return F.silu(gate) * factor
+
+
+def time_baseline(tuning: Tuning, shape: Shape, device: torch.device, cache_bytes: int) -> None:
+    """Times the half-precision product of a shape."""
+    weight = torch.randn(shape.outputs, shape.inner, device=device, dtype=torch.bfloat16)
+    copies = [weight] + [weight.clone() for _ in range(2 * cache_bytes // weight.nbytes)]
+    calls = [lambda rows, w=one: F.linear(rows, w) for one in copies]
+    for count in (count for counts in TIMED_ROWS.values() for count in counts):
+        rows = torch.randn(1, count, shape.inner, device=device, dtype=torch.bfloat16)
+        tuning.baseline[shape.outputs, shape.inner, count] = graph_seconds(calls, rows)
+
+
+def say(text: str) -> None:
+    """Writes a line of progress."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def fastest(tuning: Tuning) -> list[dict[str, Any]]:
+    """Returns the fastest timing of each product, format and rows."""
+    best: dict[tuple, dict[str, Any]] = {}
+    for timing in tuning.timings:
+        key = tuple(timing[part] for part in ("name", "format", "rows"))
+        if key not in best or sum(timing["s"].values()) < sum(best[key]["s"].values()):
+            best[key] = timing
+    return list(best.values())
+
+
+def table(tuning: Tuning) -> dict[str, Any]:
+    """Returns the fastest tiles as `quantized_linear_tiles.json` holds them for one device."""
+    found: dict[str, Any] = {}
+    for timing in fastest(tuning):
+        gated = " gated" if timing["gated"] else ""
+        rows = found.setdefault(timing["format"], {}).setdefault(str(timing["rows"]), {})
+        rows[f"{timing['outputs']}x{timing['inner']}{gated}"] = timing["tile"]
+    return found
+
+
+def report(tuning: Tuning, where: dict[str, Any]) -> str:
+    """Returns the fastest tiles' times as Markdown."""
+    groups: dict[tuple[str, int], list[float]] = {}
+    lines = []
+    for timing in fastest(tuning):
+        for count, seconds in timing["s"].items():
+            base = tuning.baseline[timing["outputs"], timing["inner"], count]
+            groups.setdefault((timing["format"], count), []).append(base / seconds)
+            tile = ", ".join(f"{name} {value}" for name, value in timing["tile"].items())
+            lines.append(
+                f"| {timing['name']} | {timing['format']} | {count} | {seconds * 1e6:.1f} | "
+                f"{timing['bytes'] / seconds / 1e12:.2f} | {base * 1e6:.1f} | {base / seconds:.2f} | {tile} |"
+            )
+    means = [
+        f"| {kind} | {rows} | {geometric_mean(all_):.2f} |" for (kind, rows), all_ in sorted(groups.items())
+    ]
+    head = [
+        f"{where['device_name']}, {where['date'][:10]}; torch {where['torch']}, triton {where['triton']}. Speed over the "
+        f"vendor's bfloat16 product, geometric mean. {tuning.skipped} candidates were not timed.",
+        "", "| format | rows | ratio |", "| --- | ---: | ---: |", *means, "",
+        "| product | format | rows | us | TB/s | bf16, us | ratio | tile |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]  # fmt: skip
+    return "\n".join(head + lines) + "\n"
+
+
+def tune(compilers: Compilers, models: Sequence[str], device: torch.device, seconds: float) -> Tuning:
+    """Returns what all products' candidates take."""
+    tuning = Tuning(perf_counter() + seconds)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    futures = compile_all(compilers, models, device)
+    say(f"{len(futures)} candidates, {compilers.kernels} kernels to compile")
+    for model, part, shape in products(models):
+        time_baseline(tuning, shape, device, cache)
+        for kind in FORMATS.values():
+            tune_format(tuning, f"{model} {part}", shape, kind, futures, device, cache)
+        torch.cuda.empty_cache()
+    return tuning
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one call; exit code 2 for bad arguments or a device without the kernels."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.tune_products", description=str(__doc__).split("\n")[0]
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file of tiles to write or to complete"
+    )
+    parser.add_argument("--models", default=",".join(SHAPES), help="comma list [%(default)s]")
+    parser.add_argument("--seconds", type=float, default=150, help="time to measure for [%(default)s]")
+    flags = parser.parse_args(words)
+    models = flags.models.split(",")
+    unknown = [model for model in models if model not in SHAPES]
+    if unknown:
+        parser.error(f"--models knows {', '.join(SHAPES)}; got {unknown}.")
+    if triton_support.triton is None:
+        parser.error("Triton is not installed.")
+    with Compilers(len(os.sched_getaffinity(0))) as compilers:
+        if not torch.cuda.is_available():
+            parser.error("no CUDA device.")
+        device = torch.device("cuda")
+        with torch.no_grad():
+            tuning = tune(compilers, models, device, flags.seconds)
+    where = setting(device)
+    stored = read_json(flags.output) or {}
+    write_json(flags.output, {**stored, where["device_name"]: table(tuning)})
+    write_json(flags.output.with_suffix(".timings.json"), {**where, "timings": tuning.timings})
+    write_atomically(flags.output.with_suffix(".md"), report(tuning, where))
+    say(report(tuning, where))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

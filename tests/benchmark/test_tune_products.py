@@ -1,0 +1,75 @@
+"""Tiles are timed on a GPU; what can be told without one: the candidates, the file that is written, and refusals."""
+
+import pytest
+import torch
+
+from benchmark import tune_products
+from benchmark.product_times import FORMATS, SHAPES
+from benchmark.tune_products import Tuning, candidates, report, run_tile, table
+from huggingface.transformers.integrations import quantized_linear_tiles as tiles
+from huggingface.transformers.integrations.quantized_linear import (
+    QuantizedWeight,
+    quantized_linear_reference,
+)
+from huggingface.transformers.integrations.quantized_linear_tiles import Product, RowsTile, RowTile
+
+WHERE = {"device_name": "cpu", "date": "2026-01-02T03:04:05+00:00", "torch": "2", "triton": "3"}
+
+
+def tuned() -> Tuning:
+    def timing(columns: int, seconds: float) -> dict:
+        tile = {"columns": columns, "pieces": 128, "warps": 4, "ahead": False}
+        return {
+            "name": "some out", "format": "int4-128", "rows": 1, "outputs": 512, "inner": 256, "gated": False, "bytes": 66560,
+            "tile": tile, "s": {1: seconds},
+        }  # fmt: skip
+
+    return Tuning(0.0, [timing(4, 3e-6), timing(8, 2e-6)], {(512, 256, 1): 5e-6})
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+@pytest.mark.parametrize("kind", FORMATS.values(), ids=FORMATS)
+def test_every_product_has_candidates_that_fill_the_device(kind, rows):
+    for shape in (shape for parts in SHAPES.values() for shape in parts.values()):
+        product = Product(kind, rows, shape.outputs, shape.inner, shape.gated)
+        found = candidates(product)
+        assert len(found) == len(set(found)) > 3
+        assert any(isinstance(tile, RowsTile) for tile in found)
+        assert any(isinstance(tile, RowTile) for tile in found) == (rows == 1)
+
+
+def test_what_is_written_is_what_is_chosen(monkeypatch):
+    monkeypatch.setattr(tiles, "_stored", lambda: {"cpu": table(tuned())})
+    tiles.choose_tile.cache_clear()
+    product = Product(FORMATS["int4"], 1, 512, 256, False)
+    assert tiles.choose_tile(torch.device("cpu"), product) == RowTile(8, 128, 4, False)
+    tiles.choose_tile.cache_clear()
+
+
+def test_the_report_holds_the_fastest():
+    text = report(tuned(), WHERE)
+    assert "| int4-128 | 1 | 2.50 |" in text
+    assert (
+        "| some out | int4-128 | 1 | 2.0 | 0.03 | 5.0 | 2.50 | columns 8, pieces 128, warps 4, ahead False |"
+        in text
+    )
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tile", [RowTile(4, 8, 1, False), RowsTile(16, 32, 2, 4, 3)])
+def test_a_tile_computes_the_product(tile, gated):
+    pytest.importorskip("triton")
+    weight = QuantizedWeight.of(torch.randn(64, 256) / 16, FORMATS["int4"])
+    rows = torch.randn(1, 1, 256).half()
+    expected = quantized_linear_reference(rows, weight, activation="silu" if gated else None, gated=gated)
+    torch.testing.assert_close(run_tile(tile, rows, weight, gated), expected, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("words", [["--models", "gpt_9b"], []])
+def test_an_unknown_model_or_no_gpu_ends_at_once(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        tune_products.main(["--output", str(tmp_path / "tiles.json"), *words])
+    assert ended.value.code == 2
+    assert ("gpt_9b" if words else "CUDA") in capsys.readouterr().err
+    assert not (tmp_path / "tiles.json").exists()
