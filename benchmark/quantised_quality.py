@@ -154,7 +154,7 @@ def report(result: Mapping[str, Any]) -> str:
     for model in result["plans"]:
         rows = [row for row in result["rows"] if row["model"] == model]
         parts += [
-            f"## {model[0].upper()}{model[1:]}",
+            f"## {TITLES.get(model, model)}",
             _about(result, model),
             _table(rows),
             _plan(result, rows[-1]),
@@ -194,8 +194,8 @@ def _about(result: Mapping[str, Any], model: str) -> str:
     if told is None:
         return ""
     return (
-        f"{told['channels']} of {told['of']} channels behind each norm are {told['factor']:g} times larger, the columns that read "
-        "them as much smaller. With plain weights the output is the same."
+        f"{told['channels']} of {told['of']} channels behind each norm are {told['factor']:g} times larger, the columns that "
+        "read them as much smaller. With plain weights the output is the same."
     )
 
 

@@ -55,7 +55,7 @@ class Texts:
 
     Attributes:
         judge: judges.
-        choose: chooses; `None` where it must be cut from the same text.
+        choose: chooses; `None` where the former is cut in halves.
     """
 
     judge: Text
@@ -63,7 +63,9 @@ class Texts:
 
 
 def read_texts(name: str, data_dir: Path | None) -> Texts:
-    """Returns the texts that a flag names: of `references`, validation rows judge and training rows choose.
+    """Returns the texts that a flag names: of `references`, validation rows judge, and training rows choose.
+
+    A reference of both chooses nothing. Where no other is left, as in the project's own samples, one half of the rows chooses.
 
     Args:
         name: `references`, `wikitext2` or a text file; the latter two are cut in halves.
@@ -74,7 +76,12 @@ def read_texts(name: str, data_dir: Path | None) -> Texts:
     """
     if name != REFERENCES:
         return Texts(read_text(name, data_dir), None)
-    return Texts(read_text(name, data_dir), read_text(name, data_dir, "train"))
+    judge, train = read_text(name, data_dir), read_text(name, data_dir, "train")
+    judged = {text for _, text in judge.pairs}
+    others = tuple(pair for pair in train.pairs if pair[1] not in judged)
+    return Texts(
+        judge, replace(train, pairs=others) if others else None
+    )  # the project's samples have one split
 
 
 def read_subject(
