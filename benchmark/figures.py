@@ -1,7 +1,7 @@
-"""Draws a saved run's figures: speed, step time, throughput, acceptance. Reads JSON through `SavedRun` and nothing else.
+"""Draws a saved run's figures: speed, step time, throughput, acceptance, memory. Reads JSON through `SavedRun` and nothing else.
 
 A figure whose numbers are missing is drawn all the same, with the reason in its place: an empty slot in a report never
-has to be guessed at. A figure of what the run was never asked for (a sweep, several batch sizes) is left out. One
+has to be guessed at. A figure of what the run was never asked for (a sweep, several batch sizes, perplexity) is left out. One
 mapping gives each technique its colour in every figure; the colours are told apart under the common forms of colour
 blindness, and lines and bars are labelled besides.
 """
@@ -18,6 +18,7 @@ from benchmark.bar_figures import draw_breakdown, draw_tokens_per_s
 from benchmark.describe import setting_label
 from benchmark.figure_parts import WIDTH_INCHES, NothingToDraw
 from benchmark.line_figures import draw_acceptance_sweep, draw_prompts, draw_throughput
+from benchmark.memory_figure import draw_memory, holds_memory
 from benchmark.saved_run import SavedRun
 
 if TYPE_CHECKING:
@@ -158,5 +159,12 @@ FIGURES = {
         draw_prompts,
         "Every prompt: acceptance length and speed-up",
         "One mark per prompt: acceptance length, bonus token included, against decode speed over the baseline's.",
+    ),
+    "memory": FigureKind(
+        draw_memory,
+        "Decode speed, weight memory and perplexity",
+        "Decode tokens per second against the bytes of the weights; the colour is the perplexity, lower is better. Hollow: "
+        "its perplexity was not measured.",
+        applies=holds_memory,
     ),
 }

@@ -19,7 +19,9 @@ a row was skipped; 130 interrupted, the same command resumes"""
 IN_WORDS = {"N": "a whole number", "X": "a number", "N[,N...]": "whole numbers with commas between"}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are UsageErrors."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
@@ -69,8 +71,8 @@ def _epilog() -> str:
     return "\n".join(["techniques:", *lines])
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="dataset_tps.py",
         description=DESCRIPTION,
         epilog=_epilog(),
@@ -84,7 +86,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_flag(parser: _Parser, item: "Field[Any]") -> None:
+def _add_flag(parser: Parser, item: "Field[Any]") -> None:
     text = item.metadata["help"].replace("%", "%%") + f" [{_shown(item.default)}]"
     if item.type is bool:
         parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, help=text)

@@ -18,7 +18,8 @@ UNSURE = "\\*"
 UNSURE_NOTE = f"{UNSURE} the 95 % interval holds 1: not distinguishable from the baseline."
 DETAIL_COLUMNS = (
     "data set", "technique", "batch", "tokens/s", "speed-up [95 %]", "decode tokens/s", "decode speed-up [95 %]",
-    "draft nodes", "acceptance length", "same text", "gap", "same as own model", "TTFT ms", "TPOT ms", "peak MiB", "quality",
+    "draft nodes", "acceptance length", "same text", "gap", "same as own model", "TTFT ms", "TPOT ms", "weights MiB",
+    "peak MiB", "quality",
 )  # fmt: skip
 
 
@@ -143,6 +144,7 @@ def _detail_row(row: Mapping[str, Any]) -> list[str]:
         _share(row.get("exact_rate")),
         number(row.get("ttft_s"), 1e3),
         number(row.get("tpot_s"), 1e3),
+        number(row.get("weight_bytes"), 1 / MIB),
         number(row.get("peak_memory_bytes"), 1 / MIB),
         quality(row),
     ]

@@ -55,12 +55,13 @@ class Sample:
     token_ids: list[int]
 
 
-def read_text(name: str, data_dir: Path | None) -> Text:
+def read_text(name: str, data_dir: Path | None, split: str = SPLIT) -> Text:
     """Returns the text that a flag names.
 
     Args:
-        name: `wikitext2`, `references` (of the data sets' validation rows), or a text file.
+        name: `wikitext2`, `references` (of rows of the data sets), or a text file.
         data_dir: folder with the official release files; without it the hub, else the project's own samples.
+        split: whose rows; WikiText-2 and files have one text.
 
     Raises:
         MissingDataError: a folder or file is not there. DataError: it cannot be read. ValueError: there is no text in it.
@@ -69,7 +70,7 @@ def read_text(name: str, data_dir: Path | None) -> Text:
         loaded = WikiText2().load(data_dir)
         return Text(loaded.text, (), loaded.source)
     if name == REFERENCES:
-        return _references(data_dir)
+        return _references(data_dir, split)
     path = Path(name).expanduser()
     try:
         running = path.read_text(encoding="utf-8")
@@ -83,12 +84,12 @@ def read_text(name: str, data_dir: Path | None) -> Text:
     return Text(running, (), path.name)
 
 
-def _references(data_dir: Path | None) -> Text:
+def _references(data_dir: Path | None, split: str) -> Text:
     """Returns prompts and first references, the data sets taking turns."""
     columns, sources = [], []
     for name in (name for name in PROMPT_SETS if name in DATASETS):
         dataset = get_dataset(name)
-        loaded = dataset.load(SPLIT, data_dir, REFERENCE_LIMIT)
+        loaded = dataset.load(split, data_dir, REFERENCE_LIMIT)
         sources.append(f"{name} ({loaded.source})")
         columns.append(
             [(one.prompt.text, dataset.completion(one)) for one in loaded.examples if one.references]

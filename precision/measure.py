@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from huggingface.transformers.generation.perplexity import Likelihood, continuation_likelihood
+from huggingface.transformers.generation.perplexity import Likelihood, continuation_likelihoods
 from huggingface.transformers.integrations.quantized_linear import QuantizedWeight
 from huggingface.transformers.quantizers.packing import WeightFormat
 from models.precision_plan import PLAIN
@@ -98,7 +98,7 @@ def likelihoods(model: Any, samples: Sequence[Sample]) -> list[Likelihood]:
     Raises:
         ValueError: a sum is not finite.
     """
-    told = [continuation_likelihood(model, one.prompt_ids, one.token_ids) for one in samples]
+    told = continuation_likelihoods(model, [(one.prompt_ids, one.token_ids) for one in samples])
     if not all(math.isfinite(one.nll) for one in told):
         raise ValueError(f"the perplexity is not finite in {model.dtype}; use --dtype bfloat16 or float32.")
     return told

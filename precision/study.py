@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from benchmark import machine
 from benchmark.errors import UsageError
 from benchmark.hub_checkpoint import fetch
 from benchmark.table import is_terminal
+from huggingface.transformers.generation.perplexity import Likelihood
 from huggingface.transformers.quantizers.packing import WeightFormat
 from huggingface.transformers.quantizers.quantizer import convertible
 from models.loading import load
@@ -117,17 +118,14 @@ def study(options: Options, files: StudyFiles, root: Path) -> Findings:
             cannot be used. In all these cases nothing is written.
     """
     name = options.model_name_or_path
-    folder = checkpoints.locate(name, root) or fetch(name)
-    checkpoint = checkpoints.inspect(folder)
-    if checkpoint.config.get("quantization_config"):
-        raise UsageError(f"{name} is quantised already; give the checkpoint that it came from.")
+    checkpoint = open_checkpoint(name, root)
     text = read_text(options.text, options.data_dir)
     device = machine.describe(options.device)["device"]
     resolved = Recipe(decoder="stock").resolved(Machine(device.partition(":")[0]), options.dtype)
     basis = {
         "model": checkpoint.fingerprint,
         "text": text.fingerprint,
-        "format": _json(options.kind),
+        "format": format_fields(options.kind),
         "by": options.by,
         "tokens": options.tokens,
         "window": options.window or "auto",
@@ -135,13 +133,29 @@ def study(options: Options, files: StudyFiles, root: Path) -> Findings:
         "device": device.partition(":")[0],
     }
     files.check(basis)
-    subject = _subject(options, resolved, folder, device, text)
+    subject = _subject(options, resolved, checkpoint.path, device, text)
     before = likelihoods(subject.model, subject.study)
     about = _about(options, subject, text, sum(one.nll for one in before) / sum(one.tokens for one in before))
     files.begin(basis, about)
     rows = _measure_units(options, subject, before, files)
     points, plan = _measure_plans(options, subject, rows, files)
     return Findings(rows, points, plan | {"model": name, "text": options.text}, about)
+
+
+def open_checkpoint(name: str, root: Path) -> checkpoints.Checkpoint:
+    """Returns a checkpoint that can be quantised.
+
+    Args:
+        name: directory or hub id.
+        root: the project's folder, beside which directories are looked for.
+
+    Raises:
+        UsageError: there is none, or its weights are packed already. RunError: it cannot be used.
+    """
+    checkpoint = checkpoints.inspect(checkpoints.locate(name, root) or fetch(name))
+    if checkpoint.config.get("quantization_config"):
+        raise UsageError(f"{name} is quantised already; give the checkpoint that it came from.")
+    return checkpoint
 
 
 def _subject(options: Options, recipe: Recipe, folder: Path, device: str, text: Text) -> Subject:
@@ -168,7 +182,7 @@ def _about(options: Options, subject: Subject, text: Text, nll: float) -> dict[s
         "text": f"{options.text} from {text.source}"
         if text.source != Path(options.text).name
         else text.source,
-        "format": format_name(_json(options.kind)),
+        "format": format_name(format_fields(options.kind)),
         "by": options.by,
         "dtype": subject.dtype,
         "device": subject.model.device.type,
@@ -189,7 +203,7 @@ def _measure_units(
     done = {row["unit"]: row for row in files.lines(UNITS)}
     left = [unit for unit in wanted if unit.name not in done]
     with closing(files.appender(UNITS)) as file:
-        for unit in _with_bar(left, f"{options.by}s"):
+        for unit in with_bar(left, f"{options.by}s"):
             row = measure_unit(subject.model, subject.modules, unit, options.kind, subject.study, before)
             file.append([row])
             done[unit.name] = row
@@ -201,16 +215,14 @@ def _measure_plans(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns the points of the curve, and the plan of the budget that was asked for."""
     groups = planning.groups(rows)
-    default = _json(options.kind)
+    default = format_fields(options.kind)
     chosen = {budget: planning.choose(groups, budget) for budget in sorted({*CURVE, options.budget})}
     wanted: dict[str, dict[str, WeightFormat | None]] = {
         f"all {format_name(default)}": dict.fromkeys(subject.modules, options.kind)
     }
     for budget, formats in chosen.items():
         modules = planning.plan(groups, formats, default)["modules"]
-        wanted[f"plan {budget:g}"] = {
-            name: _kind(modules[name]) if name in modules else options.kind for name in subject.modules
-        }
+        wanted[f"plan {budget:g}"] = planned_kinds(subject.modules, modules, options.kind)
     if options.kind.bits != 8:
         wanted["all INT8"] = dict.fromkeys(subject.modules, WeightFormat(8))
     wanted[PLAIN] = dict.fromkeys(subject.modules)
@@ -226,6 +238,19 @@ def _measure_plans(
     return points, plan
 
 
+def planned_kinds(
+    modules: Iterable[str], planned: Mapping[str, Any], default: WeightFormat
+) -> dict[str, WeightFormat | None]:
+    """Returns every linear layer's format, by name.
+
+    Args:
+        modules: their names.
+        planned: a plan's `modules`.
+        default: the format of those that the plan does not name.
+    """
+    return {name: _kind(planned[name]) if name in planned else default for name in modules}
+
+
 def _measure_points(
     subject: Subject, wanted: Mapping[str, Mapping[str, WeightFormat | None]], files: StudyFiles
 ) -> list[dict[str, Any]]:
@@ -236,11 +261,11 @@ def _measure_points(
     done = {row["plan"]: row for row in files.lines(POINTS)}
     before = likelihoods(subject.model, subject.judge)
     with closing(files.appender(POINTS)) as file:
-        for digest in _with_bar([digest for digest in names if digest not in done], "plans"):
+        for digest in with_bar([digest for digest in names if digest not in done], "plans"):
             kinds = wanted[names[digest][0]]
             with stored_as(subject.modules, kinds):
                 after = likelihoods(subject.model, subject.judge)
-            done[digest] = {"plan": digest, **_point(subject, kinds, before, after)}
+            done[digest] = {"plan": digest, **point(subject.modules, kinds, before, after)}
             file.append([done[digest]])
     least = done[next(iter(names))]["bytes"]
     return sorted(
@@ -249,13 +274,24 @@ def _measure_points(
     )
 
 
-def _point(
-    subject: Subject, kinds: Mapping[str, WeightFormat | None], before: Sequence[Any], after: Sequence[Any]
+def point(
+    modules: Mapping[str, Any],
+    kinds: Mapping[str, WeightFormat | None],
+    before: Sequence[Likelihood],
+    after: Sequence[Likelihood],
 ) -> dict[str, Any]:
+    """Returns what storing the linear layers in some formats costs, in bytes and perplexity.
+
+    Args:
+        modules: the linear layers, by full name.
+        kinds: the format of each; `None` is half precision.
+        before: likelihoods of the judging samples with the weights as they are.
+        after: the same with the formats.
+    """
     change, error = nll_change(before, after)
     tokens = sum(one.tokens for one in after)
     return {
-        "bytes": sum(stored_bytes(subject.modules[name], kind) for name, kind in kinds.items()),
+        "bytes": sum(stored_bytes(modules[name], kind) for name, kind in kinds.items()),
         "perplexity": math.exp(sum(one.nll for one in after) / tokens),
         "perplexity_ratio": math.exp(change),
         "nll_change": change,
@@ -270,7 +306,8 @@ def format_name(fields: Mapping[str, Any]) -> str:
     return f"INT{fields['bits']}" + (f" g{fields['group_size']}" if fields.get("group_size") else "")
 
 
-def _json(kind: WeightFormat) -> dict[str, Any]:
+def format_fields(kind: WeightFormat) -> dict[str, Any]:
+    """Returns a format as a plan's fields."""
     return {"bits": kind.bits, "group_size": kind.group_size, "zero_point": kind.zero_point}
 
 
@@ -280,9 +317,10 @@ def _kind(value: Any) -> WeightFormat | None:
 
 
 def _digest(kinds: Mapping[str, WeightFormat | None]) -> str:
-    text = json.dumps({name: kind and _json(kind) for name, kind in kinds.items()}, sort_keys=True)
+    text = json.dumps({name: kind and format_fields(kind) for name, kind in kinds.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _with_bar(items: Sequence[Any], title: str) -> Any:
+def with_bar(items: Sequence[Any], title: str) -> Any:
+    """Returns the items, with a progress bar on a terminal."""
     return tqdm(items, desc=title, disable=not items or not is_terminal(sys.stderr))

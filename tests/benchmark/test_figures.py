@@ -48,7 +48,21 @@ def with_sizes(run: SavedRun, *sizes: int, **fields: object) -> SavedRun:
     return replace(run, rows=(*run.rows, *more))
 
 
+def with_perplexity(run: SavedRun, values: dict[str, float], name: str = "perplexity_references") -> SavedRun:
+    """Returns the run with a perplexity for the techniques named."""
+
+    def judged(row):
+        own = {name: values[row["model_type"]]} if row["model_type"] in values else {}
+        return {**row, "quality": {**row["quality"], **own}}
+
+    return replace(run, rows=tuple(judged(row) for row in run.rows))
+
+
+JUDGED = {"naive": 10.0, "static": 10.5}
+
+
 def test_a_full_run_fills_every_figure(run, tmp_path):
+    run = with_perplexity(run, JUDGED)
     assert missing(with_sizes(run, 4), tmp_path) == dict.fromkeys(figures.FIGURES)
     assert {path.stem for path in tmp_path.iterdir()} == set(figures.FIGURES)
 
@@ -57,13 +71,13 @@ def test_no_successful_cell_is_said_in_every_figure(run, tmp_path):
     failed = replace(changed(with_sizes(run, 4), status="oom", tokens_per_s=None), prompts=())
     failed = replace(failed, sweep=tuple({**point, "tokens_per_s": None} for point in run.sweep))
     reasons = missing(failed, tmp_path)
-    assert set(reasons) == set(figures.FIGURES)
+    assert set(reasons) == {*figures.FIGURES} - {"memory"}  # there are not two techniques to compare
     assert all(reasons.values())
     assert "No cell" in str(reasons["tokens_per_s"])
 
 
 def test_what_a_run_was_not_asked_for_leaves_no_file(run, tmp_path):
-    missing(with_sizes(run, 4), tmp_path)  # an earlier run of the same name
+    missing(with_perplexity(with_sizes(run, 4), JUDGED), tmp_path)  # an earlier run of the same name
     assert set(missing(replace(run, sweep=()), tmp_path)) == {"tokens_per_s", "step_time", "prompts"}
     assert {path.stem for path in tmp_path.iterdir()} == {"tokens_per_s", "step_time", "prompts"}
 
@@ -133,6 +147,51 @@ def test_a_bar_far_beyond_the_others_is_cut_and_says_so(run):
     axes = draw("step_time", replace(run, rows=(first, *run.rows[1:]))).axes[0]
     assert any("cut" in text.get_text() for text in axes.texts)
     assert axes.get_xlim()[1] < max(bar.get_width() for bar in axes.patches)
+
+
+def test_a_mark_is_a_technique_at_its_memory_and_decode_speed(run):
+    judged = with_perplexity(run, JUDGED)
+    figure = draw("memory", judged)
+    panels = [axes for axes in figure.axes if axes.get_xlabel() == "GB of weights"]
+    assert [axes.get_title(loc="left") for axes in panels] == [dataset_label(name) for name in run.datasets]
+    for dataset, axes in zip(run.datasets, panels, strict=True):
+        rows = {name: judged.row(name, dataset, 1) for name in run.techniques}
+        known, hollow = axes.collections
+        expected = [
+            (row["weight_bytes"] / 1e9, row["decode_tokens_per_s"])
+            for name, row in rows.items()
+            if name in JUDGED
+        ]
+        assert known.get_offsets().tolist() == [pytest.approx(place) for place in expected]
+        assert known.get_array().tolist() == list(JUDGED.values())
+        assert known.get_clim() == (10.0, 10.5)
+        assert len(hollow.get_offsets()) == len(rows) - len(JUDGED)
+        assert len(hollow.get_facecolor()) == 0
+        assert {text.get_text() for text in axes.texts} == set(rows)
+        assert all(text.xyann[1] <= axes.get_ylim()[1] for text in axes.texts)
+
+
+def test_names_of_like_marks_are_moved_apart(run):
+    alike = with_perplexity(changed(run, decode_tokens_per_s=50.0, weight_bytes=10**9), JUDGED)
+    levels = sorted(text.xyann[1] for text in draw("memory", alike).axes[0].texts)
+    assert len(levels) == len(run.techniques)
+    assert all(high - low > 1 for low, high in zip(levels, levels[1:], strict=False))
+
+
+def test_a_collapsed_model_does_not_take_all_colours(run):
+    figure = draw("memory", with_perplexity(run, {"naive": 10.0, "static": 900.0}, "perplexity_wikitext2"))
+    assert figure.axes[0].collections[0].get_clim() == (10.0, 20.0)
+    assert any("wikitext2" in axes.get_ylabel() for axes in figure.axes)
+
+
+@pytest.mark.parametrize("field", ["weight_bytes", "decode_tokens_per_s"])
+def test_memory_is_drawn_where_two_techniques_have_all_of_it(run, tmp_path, field):
+    assert "memory" not in missing(run, tmp_path)
+    assert "memory" not in missing(with_perplexity(run, {"naive": 10.0}), tmp_path)
+    judged = with_perplexity(run, JUDGED)
+    assert missing(judged, tmp_path)["memory"] is None
+    assert "memory" not in missing(changed(judged, **{field: None}), tmp_path)
+    assert not (tmp_path / "memory.png").exists()
 
 
 def test_an_own_interval_wins_over_the_scaled_one():

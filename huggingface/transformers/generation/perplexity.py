@@ -23,6 +23,9 @@ from itertools import groupby
 import torch
 
 BATCH_LOGITS = 2**25  # most logits of a batch of windows: 128 MiB in float32
+BATCH_TOKENS = 2**14
+"""Most tokens of a batch of prompts with what follows them."""
+UNJUDGED = -100  # upstream's mark of a target that is ignored
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,66 @@ def continuation_likelihood(model, prompt_ids: Sequence[int], token_ids: Sequenc
     Raises:
         ValueError: there is no prompt, so nothing says what the first token follows.
     """
-    if not prompt_ids:
+    return continuation_likelihoods(model, [(prompt_ids, token_ids)])[0]
+
+
+@torch.no_grad()
+def continuation_likelihoods(model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+    """Returns how likely a model finds each pair's tokens after its prompt, in order; pairs of similar length share a pass.
+
+    Shorter rows of a pass are filled up at their end, which a causal model's earlier tokens do not see.
+
+    Args:
+        model: a causal language model.
+        pairs: ids of a prompt, one or more, and the tokens to judge after it.
+
+    Raises:
+        ValueError: a prompt is empty, so nothing says what the first token follows.
+    """
+    if not all(len(prompt) for prompt, _ in pairs):
         raise ValueError("tokens are judged after a prompt of at least one token; got none.")
-    if not token_ids:
-        return Likelihood(0.0, 0)
-    ids = torch.tensor([[*prompt_ids, *token_ids]], device=model.device)
-    return Likelihood(_nll(model, ids, len(token_ids)).item(), len(token_ids))
+    found = [Likelihood(0.0, 0)] * len(pairs)
+    judged = [index for index, (_, tokens) in enumerate(pairs) if len(tokens)]
+    for indices in _passes(pairs, judged, model.config.vocab_size):
+        sums = _row_nlls(model, [pairs[index] for index in indices])
+        for index, nll in zip(indices, sums, strict=True):
+            found[index] = Likelihood(nll, len(pairs[index][1]))
+    return found
+
+
+def _passes(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], indices: Sequence[int], vocabulary: int
+) -> Iterator[list[int]]:
+    """Yields indices of pairs that share a pass: neighbours in length, as many as `BATCH_LOGITS` and `BATCH_TOKENS` allow."""
+    group: list[int] = []
+    for index in sorted(indices, key=lambda one: sum(map(len, pairs[one]))):
+        members = [*group, index]
+        width = sum(map(len, pairs[index]))
+        kept = width - min(len(pairs[one][0]) for one in members) + 1
+        if group and len(members) * max(kept * vocabulary / BATCH_LOGITS, width / BATCH_TOKENS) > 1:
+            yield group
+            members = [index]
+        group = members
+    if group:
+        yield group
+
+
+def _row_nlls(model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+    """Returns each pair's sum of negative log-likelihoods, from one pass."""
+    width = max(len(prompt) + len(tokens) for prompt, tokens in pairs)
+    kept = width - min(len(prompt) for prompt, _ in pairs) + 1
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    targets = torch.full_like(ids, UNJUDGED)
+    for row, (prompt, tokens) in enumerate(pairs):
+        ids[row, : len(prompt) + len(tokens)] = torch.tensor([*prompt, *tokens])
+        targets[row, len(prompt) : len(prompt) + len(tokens)] = torch.tensor(tokens)
+    ids, targets = ids.to(model.device), targets[:, 1 - kept :].to(model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=UNJUDGED, reduction="none"
+    )
+    sums: list[float] = losses.double().view(len(pairs), -1).sum(1).tolist()
+    return sums
 
 
 def _shape(window: Window) -> tuple[int, int]:

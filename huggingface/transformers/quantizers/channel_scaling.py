@@ -14,6 +14,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .packing import GROUP_SIZES
+
+ISOLATED, RUNS = "isolated", "runs"
+LAYOUTS = (ISOLATED, RUNS)
+RUN = max(GROUP_SIZES)
+"""Channels of a run of outliers: whole groups of every size."""
+
 
 @dataclass(frozen=True)
 class InputGroup:
@@ -67,18 +74,39 @@ def input_groups(model: Any) -> Iterator[InputGroup]:
 
 
 @torch.no_grad()
-def add_outliers(model: nn.Module, channels: int, factor: float, seed: int = 0) -> None:
+def add_outliers(
+    model: nn.Module, channels: int, factor: float, seed: int = 0, layout: str = ISOLATED
+) -> None:
     """Makes some channels behind each norm `factor` times larger, as they are in large trained models, with the same output.
+
+    The columns that read them become as much smaller, so a scale that they share with other columns is too coarse for them.
+    Isolated ones share theirs also where scales are a group's. Runs of `RUN` neighbours that begin where groups do have scales of
+    their own there, and share one only where an output has a single scale.
 
     Args:
         model: as :func:`input_groups` takes it.
         channels: how many behind each norm, drawn at random.
-        factor: how many times larger.
+        factor: how many times larger; with a power of two, the output is the same bit for bit in every dtype.
         seed: of the draw.
+        layout: `isolated` or `runs`.
+
+    Raises:
+        ValueError: an unknown layout, more channels than there are, or for runs a number that is no multiple of `RUN`. Nothing is
+            changed then.
     """
+    groups = list(input_groups(model))
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout '{layout}' of outliers is unknown; choose from {', '.join(LAYOUTS)}.")
+    run = RUN if layout == RUNS else 1
+    least = min(len(group.norm.weight) for group in groups)
+    if channels % run or not 0 < channels <= least:
+        raise ValueError(
+            f"{channels} channels with layout '{layout}': expected a multiple of {run} up to {least}, the model's width."
+        )
     generator = torch.Generator().manual_seed(seed)
-    for group in input_groups(model):
+    for group in groups:
         features = len(group.norm.weight)
+        starts = torch.randperm(features // run, generator=generator)[: channels // run] * run
         factors = torch.ones(features)
-        factors[torch.randperm(features, generator=generator)[:channels]] = 1 / factor
+        factors[(starts[:, None] + torch.arange(run)).flatten()] = 1 / factor
         group.scale(factors)

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from huggingface.transformers.generation import perplexity
 from huggingface.transformers.generation.perplexity import (
     Likelihood,
     Window,
     continuation_likelihood,
+    continuation_likelihoods,
     text_likelihood,
     windows,
 )
@@ -133,3 +135,17 @@ def test_pooling_is_over_tokens():
     assert pooled.perplexity == pytest.approx(math.exp(0.5))
     assert Likelihood(1e6, 1).perplexity == math.inf
     assert (Likelihood(0.0, 0) + Likelihood(0.0, 0)).perplexity is None
+
+
+def test_pairs_that_share_a_pass_are_judged_as_alone(architecture, make_model, monkeypatch):
+    model = make_model(architecture)
+    pairs = [
+        (a_text(size, seed=size), a_text(judged, seed=9)) for size, judged in ((7, 5), (1, 3), (4, 1), (9, 0))
+    ]
+    alone = [continuation_likelihood(model, *pair) for pair in pairs]
+    for tokens in (1, 20, 1000):  # a pass a pair, some together, all together
+        monkeypatch.setattr(perplexity, "BATCH_TOKENS", tokens)
+        found = continuation_likelihoods(model, pairs)
+        assert [one.tokens for one in found] == [5, 3, 1, 0]
+        assert [one.nll for one in found] == pytest.approx([one.nll for one in alone], rel=1e-5)
+    assert continuation_likelihoods(model, []) == []
