@@ -1,4 +1,7 @@
-"""Weights in 4 bits, after activation-aware scaling ("AWQ", arXiv 2306.00978)."""
+"""Weights in 4 bits, after activation-aware scaling ("AWQ", arXiv 2306.00978).
+
+A checkpoint in AWQ's own format was scaled and rounded by whoever made it: it is read as it is, without calibration text.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,13 +9,38 @@ from pathlib import Path
 from typing import ClassVar
 
 from models.int4 import Int4
-from models.machine import Machine
 from models.technique import Recipe, Technique, option
+
+PREFIX = "awq-group"
+METHOD = "awq"
+"""What a checkpoint in AWQ's format calls its quantisation."""
+
+
+def unreadable(weights: str | None, method: str | None) -> str | None:
+    """Returns why a recipe's weights cannot be had from a checkpoint, or `None` if they can.
+
+    Args:
+        weights: the recipe's slot.
+        method: how the checkpoint says that its weights are quantised, `None` for not at all.
+    """
+    ours = weights is not None and weights.startswith(PREFIX)
+    if method == METHOD and not ours:
+        name = str(weights or "plain").partition(":")[0]
+        return (
+            f"the checkpoint's weights are in AWQ's format, which the technique awq reads: use awq, alone or combined, or for "
+            f"{name} weights the checkpoint they were made from."
+        )
+    if ours and method != METHOD and ":" not in str(weights):
+        return "awq chooses its scales on calibration text; name a file with --calibration_text."
+    return None
 
 
 @dataclass(frozen=True)
 class Awq(Technique):
-    """As `int4` in groups, its channels scaled by what calibration text shows to pass through them."""
+    """As `int4` in groups, its channels scaled by what calibration text shows to pass through them.
+
+    On a checkpoint in AWQ's format nothing is searched, and its own group size holds.
+    """
 
     name: ClassVar[str] = "awq"
     summary: ClassVar[str] = (
@@ -32,7 +60,7 @@ class Awq(Technique):
             ValueError: the text cannot be read, or is empty.
         """
         if self.calibration_text is None:
-            return recipe.claim(weights=f"awq-group{self.group_size}")
+            return recipe.claim(weights=f"{PREFIX}{self.group_size}")
         path = Path(self.calibration_text).resolve()
         try:
             content = path.read_bytes()
@@ -41,10 +69,4 @@ class Awq(Technique):
         if not content.strip():
             raise ValueError(f"--calibration_text {path} holds no text.")
         digest = hashlib.sha256(content).hexdigest()[:12]
-        return recipe.claim(weights=f"awq-group{self.group_size}:{digest}:{path}")
-
-    def unavailable(self, machine: Machine) -> str | None:
-        del machine
-        if self.calibration_text is None:
-            return "it chooses its scales on calibration text; name a file with --calibration_text."
-        return None
+        return recipe.claim(weights=f"{PREFIX}{self.group_size}:{digest}:{path}")

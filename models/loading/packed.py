@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from huggingface.transformers.quantizers.awq_checkpoint import translated
 from huggingface.transformers.quantizers.configuration import METHOD, PackedWeightsConfig
+from models.awq import METHOD as AWQ
+from models.awq import unreadable
 from models.int4 import PLAN
 from models.loading.calibrated import is_calibrated
+from models.loading.checkpoint import main_weights, read_config
 from models.precision_plan import FORMAT_FIELDS, PLAIN, normal_format, normal_plan
 
 PEERS = ("bnb-int8", "bnb-nf4", "torchao-int4")
@@ -75,14 +79,31 @@ def stored_bytes(parameter: torch.nn.Parameter) -> int:
     return parameter.nbytes + (0 if scales is None else scales.nbytes)
 
 
-def check_unquantized(config: PreTrainedConfig, weights: str | None, checkpoint: str) -> None:
-    """Raises ValueError if a checkpoint is quantised already and the recipe would do it again, or in another way."""
-    saved: Any = getattr(config, "quantization_config", None)
+def saved_quantization(checkpoint: str, config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Returns what a checkpoint, or the base model of one of streams alone, says of its weights; `None` for nothing."""
+    place = main_weights(checkpoint, config)
+    saved: Any = getattr(config if place == checkpoint else read_config(place), "quantization_config", None)
+    return saved if saved is None or isinstance(saved, dict) else saved.to_dict()
+
+
+def check_unquantized(fields: Mapping[str, Any] | None, weights: str | None, checkpoint: str) -> None:
+    """Raises ValueError if a recipe would quantise what is quantised already, read it in another way, or lacks what it needs.
+
+    Args:
+        fields: what :func:`saved_quantization` says.
+        weights: the recipe's slot.
+        checkpoint: for messages.
+    """
+    method = None if fields is None else fields.get("quant_method")
+    refused = unreadable(weights, method)
+    if refused:
+        raise ValueError(f"{checkpoint}: {refused}")
     wanted = None if weights in PEERS else packed_config(weights)
-    if saved is None or weights in (None, PLAIN):
+    if fields is None or weights in (None, PLAIN):
         return
-    fields = saved if isinstance(saved, dict) else saved.to_dict()
-    method = fields.get("quant_method")
+    if method == AWQ:
+        translated(fields, checkpoint)
+        return
     same = wanted is not None and method == METHOD and _meaning(fields) == _meaning(wanted.to_dict())
     if not same:
         how = _in_words(fields) if method == METHOD else method

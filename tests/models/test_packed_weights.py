@@ -9,6 +9,7 @@ import pytest
 
 from models import Machine, Recipe, fold, unavailable
 from models.answer import Limits
+from models.awq import unreadable
 from models.loading import load
 
 CPU = Machine("cpu")
@@ -82,7 +83,7 @@ def test_awq_is_named_by_what_it_read(text):
 
 
 def test_awq_needs_text(tmp_path, stock_checkpoint):
-    assert "--calibration_text" in unavailable("awq", CPU)
+    assert "--calibration_text" in unreadable(fold("awq").weights, None)
     for name, content in (("empty.txt", "  "), ("missing.txt", None)):
         if content is not None:
             (tmp_path / name).write_text(content)

@@ -11,6 +11,7 @@ from .packing import WeightFormat
 METHOD = "packed_weights"
 PLAIN = "plain"
 """The format of a module that stays as it is."""
+AWQ_LAYOUTS = ("gemm", "gemv")
 
 
 class PackedWeightsConfig(QuantizationConfigMixin):
@@ -22,9 +23,10 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         zero_point: whether groups have a zero point.
         modules_to_not_convert: parts of module names that stay as they are, besides the LM head and the streams.
         modules: full module name -> a format of its own, `{"bits": 8}` for one, or "plain"; all others have the format above.
+        checkpoint_layout: layout of AWQ's in which the checkpoint holds the weights, `None` for ours; gone once they are read.
 
     Raises:
-        ValueError: a format that is not known; one of `modules` is named.
+        ValueError: a format or layout that is not known; one of `modules` is named.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         zero_point: bool = False,
         modules_to_not_convert: list[str] | None = None,
         modules: dict[str, dict[str, Any] | str] | None = None,
+        checkpoint_layout: str | None = None,
         **kwargs: Any,
     ):
         kwargs.pop("quant_method", None)
@@ -44,9 +47,23 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         self.bits, self.group_size, self.zero_point = bits, group_size, zero_point
         self.modules_to_not_convert = modules_to_not_convert
         self.modules = modules
+        self.checkpoint_layout = checkpoint_layout
+        if checkpoint_layout not in (None, *AWQ_LAYOUTS):
+            raise ValueError(
+                f"layout {checkpoint_layout!r} of a checkpoint is none of {', '.join(AWQ_LAYOUTS)}."
+            )
         self.format  # noqa: B018 - says what is wrong with it
         for name in modules or {}:
             self.format_of(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as `config.json` holds them."""
+        fields = super().to_dict()
+        return (
+            fields
+            if self.checkpoint_layout
+            else {k: v for k, v in fields.items() if k != "checkpoint_layout"}
+        )
 
     @property
     def format(self) -> WeightFormat:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..integrations.quantized_linear import QuantizedLinear, QuantizedWeight
-from .configuration import METHOD, PackedWeightsConfig
+from .awq_checkpoint import PARTS, quantized_layers, unpacked
+from .configuration import METHOD, PLAIN, PackedWeightsConfig
 from .packing import WeightFormat
 
 STREAMS = "streams"
@@ -134,7 +135,8 @@ class PackedWeightsQuantizer(HfQuantizer):
         return isinstance(module, QuantizedLinear) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        del kwargs
+        if self.quantization_config.checkpoint_layout:
+            self._look_at_files(model, kwargs.get("checkpoint_files") or [])
         for name, kind in formats(model, self.quantization_config).items():
             module: Any = model.get_submodule(name)
             with torch.device("meta"):
@@ -146,10 +148,33 @@ class PackedWeightsQuantizer(HfQuantizer):
             model.set_submodule(name, shell)
         model.config.quantization_config = self.quantization_config
 
+    def _look_at_files(self, model: Any, files: list[str]) -> None:
+        """Learns from an AWQ checkpoint's headers which layers it packs; raises ValueError before a tensor is read."""
+        config = self.quantization_config
+        layers = {name: sizes_of(module) for name, module in convertible(model, []).items()}
+        prefix, layout = model.base_model_prefix, str(config.checkpoint_layout)
+        found = quantized_layers(files, layers, int(config.group_size or 0), layout, prefix)
+        config.modules = {name: PLAIN for name, kind in found.items() if kind == PLAIN} or None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Returns upstream's conversions, and for an AWQ checkpoint the one that turns a layer's tensors into ours."""
+        if not self.quantization_config.checkpoint_layout:
+            return weight_conversions
+        sources = [rf"\.{part}$" for part in PARTS]
+        return [*weight_conversions, WeightConverter(sources, ".weight", [UnpackAwq(self)])]
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del kwargs
         if self.refused:
             raise ValueError("; ".join(self.refused))
+        if self.quantization_config.checkpoint_layout:
+            self.quantization_config.checkpoint_layout = None
+            # What is saved from now on is ours; upstream would turn it back.
+            model._weight_conversions = [
+                one
+                for one in model._weight_conversions
+                if not any(isinstance(step, UnpackAwq) for step in getattr(one, "operations", ()))
+            ]
         return model
 
     def get_quantize_ops(self) -> PackWeights:
@@ -199,3 +224,31 @@ class PackWeights(ConversionOps):
         if missing is not None:
             missing -= stored.keys()
         return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in stored.items()}
+
+
+class UnpackAwq(ConversionOps):
+    """Turns one layer's tensors of an AWQ checkpoint into ours; upstream's extension point for reading."""
+
+    def __init__(self, quantizer: PackedWeightsQuantizer):
+        self.hf_quantizer = quantizer  # upstream looks at this name: tensors come in the checkpoint's dtypes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnpackAwq:
+        """Upstream copies the operation for each layer; what is refused belongs to one quantiser."""
+        return self
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, nn.Parameter]:
+        """Returns the stored tensors of the layer whose three tensors are in `input_dict`, by full name."""
+        config, base = self.hf_quantizer.quantization_config, kwargs["full_layer_name"].rpartition(".")[0]
+        parts = {
+            name: next(tensors[0] for source, tensors in input_dict.items() if name in source)
+            for name in PARTS
+        }
+        try:
+            stored = unpacked(parts, int(config.group_size or 0), str(config.checkpoint_layout))
+        except ValueError as error:
+            self.hf_quantizer.refused.append(f"{base}: {error}")  # raised once all tensors are read
+            parts["scales"] = torch.zeros_like(parts["scales"])
+            stored = unpacked(parts, int(config.group_size or 0), str(config.checkpoint_layout))
+        return {f"{base}.{name}": nn.Parameter(one, requires_grad=False) for name, one in stored.items()}
