@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from models.int4 import Int4
+from models.lm_head import HELP, KEPT, with_head
 from models.technique import Recipe, Technique, option
 
 PREFIX = "awq-group"
@@ -50,8 +51,10 @@ class Awq(Technique):
     calibration_text: str | None = option(None, "text file that 'awq' chooses its scales on; not test data")
     group_size: int = option(128, "inputs that share a scale: 32, 64 or 128")
 
+    lm_head: str = option(KEPT, HELP)
+
     def __post_init__(self) -> None:
-        Int4(group_size=self.group_size)
+        Int4(group_size=self.group_size, lm_head=self.lm_head)
 
     def apply(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with the weights claimed; they are named with the text's digest and place.
@@ -60,7 +63,7 @@ class Awq(Technique):
             ValueError: the text cannot be read, or is empty.
         """
         if self.calibration_text is None:
-            return recipe.claim(weights=f"{PREFIX}{self.group_size}")
+            return recipe.claim(weights=with_head(f"{PREFIX}{self.group_size}", self.lm_head))
         path = Path(self.calibration_text).resolve()
         try:
             content = path.read_bytes()
@@ -69,4 +72,4 @@ class Awq(Technique):
         if not content.strip():
             raise ValueError(f"--calibration_text {path} holds no text.")
         digest = hashlib.sha256(content).hexdigest()[:12]
-        return recipe.claim(weights=f"{PREFIX}{self.group_size}:{digest}:{path}")
+        return recipe.claim(weights=with_head(f"{PREFIX}{self.group_size}:{digest}:{path}", self.lm_head))

@@ -11,6 +11,7 @@ from huggingface.transformers.quantizers.awq import scale_for_quantization
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from huggingface.transformers.quantizers.quantizer import quantize_model
 from models.awq import PREFIX
+from models.lm_head import split_head
 from models.loading.tokenizing import encode
 
 WINDOW, WINDOWS = 512, 32
@@ -33,9 +34,10 @@ def scale_and_pack(model: Any, tokenizer: Any, weights: str) -> Any:
     Raises:
         ValueError: the text cannot be read or has no tokens.
     """
-    scheme, _, rest = weights.partition(":")
+    named, head = split_head(weights)
+    scheme, _, rest = named.partition(":")
     path = rest.partition(":")[2]
-    config = PackedWeightsConfig(4, int(scheme.removeprefix(PREFIX)))
+    config = PackedWeightsConfig(4, int(scheme.removeprefix(PREFIX)), lm_head=head)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

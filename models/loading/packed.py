@@ -14,6 +14,7 @@ from huggingface.transformers.quantizers.configuration import METHOD, PackedWeig
 from models.awq import METHOD as AWQ
 from models.awq import unreadable
 from models.int4 import PLAN
+from models.lm_head import split_head
 from models.loading.calibrated import is_calibrated
 from models.loading.checkpoint import main_weights, read_config
 from models.precision_plan import FORMAT_FIELDS, PLAIN, normal_format, normal_plan
@@ -30,22 +31,23 @@ def packed_config(weights: str | None) -> PackedWeightsConfig | None:
     """
     if weights in (None, PLAIN) or is_calibrated(weights):  # the latter are packed once they are read
         return None
-    if str(weights).startswith(PLAN):
-        return plan_config(json.loads(str(weights).removeprefix(PLAN)))
-    bits, _, scheme = str(weights).partition("-")
+    named, head = split_head(str(weights))
+    if named.startswith(PLAN):
+        return plan_config(json.loads(named.removeprefix(PLAN)), head)
+    bits, _, scheme = named.partition("-")
     if bits == "int8" and not scheme:
-        return PackedWeightsConfig(8)
+        return PackedWeightsConfig(8, lm_head=head)
     if bits == "int4" and scheme == "naive":
-        return PackedWeightsConfig(4)
+        return PackedWeightsConfig(4, lm_head=head)
     if bits == "int4" and scheme.startswith("group") and scheme[5:].isdigit():
-        return PackedWeightsConfig(4, int(scheme[5:]))
+        return PackedWeightsConfig(4, int(scheme[5:]), lm_head=head)
     raise ValueError(f"a recipe's weights are '{weights}', which this version does not know.")
 
 
-def plan_config(plan: Mapping[str, Any]) -> PackedWeightsConfig:
-    """Returns upstream's `quantization_config` of a precision plan. Raises ValueError if it is none."""
+def plan_config(plan: Mapping[str, Any], lm_head: str | None = None) -> PackedWeightsConfig:
+    """Returns upstream's `quantization_config` of a precision plan and the head's format. Raises ValueError if it is none."""
     meant = normal_plan(plan)
-    return PackedWeightsConfig(**meant["default"], modules=meant["modules"])
+    return PackedWeightsConfig(**meant["default"], modules=meant["modules"], lm_head=lm_head)
 
 
 def loading_options(weights: str | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -116,9 +118,10 @@ def check_unquantized(fields: Mapping[str, Any] | None, weights: str | None, che
 def _meaning(fields: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns what a saved quantisation says of every weight."""
     own = {name: normal_format(value, name) for name, value in (fields.get("modules") or {}).items()}
-    return (*(fields.get(name) for name in FORMAT_FIELDS), own)
+    return (*(fields.get(name) for name in (*FORMAT_FIELDS, "lm_head")), own)
 
 
 def _in_words(fields: Mapping[str, Any]) -> str:
     plan = ", with a precision plan" if fields.get("modules") else ""
-    return f"{fields.get('bits')} bits, group size {fields.get('group_size')}{plan}"
+    head = f", LM head in {fields['lm_head']}" if fields.get("lm_head") else ""
+    return f"{fields.get('bits')} bits, group size {fields.get('group_size')}{plan}{head}"

@@ -23,8 +23,9 @@ from huggingface.transformers.models.spec_stream import (
     supported_architectures,
 )
 from huggingface.transformers.models.spec_stream.configuration_spec_stream import StreamConfig, StreamFields
-from huggingface.transformers.quantizers.quantizer import quantize_model
+from huggingface.transformers.quantizers.quantizer import quantize_head, quantize_model
 from models.awq import METHOD as AWQ
+from models.lm_head import split_head
 from models.loading.calibrated import is_calibrated
 from models.loading.checkpoint import has_streams, main_weights
 from models.loading.packed import (
@@ -156,10 +157,12 @@ def _engine(
 
 
 def _read_as_it_is(model: Any, recipe: Recipe) -> list[str]:
-    """Returns what to tell of a model whose weights came scaled and packed."""
+    """Returns what to tell of a model whose weights came scaled and packed; packs its head where the recipe says so."""
     config = getattr(model.config, "quantization_config", None)
     if not is_calibrated(recipe.weights) or config is None:
         return []
+    if split_head(str(recipe.weights))[1]:
+        quantize_head(model)
     return [f"the checkpoint's own AWQ weights, groups of {config.group_size}: no scales were searched"]
 
 

@@ -53,6 +53,14 @@ def test_it_is_read_without_a_search(checkpoints, tmp_path):
     assert tokens("awq", checkpoints / "awq", flags=flags) == answer.token_ids
 
 
+def test_its_head_can_be_packed(checkpoints):
+    flags = {"lm_head": "int8"}
+    model = load(fold("awq", flags, CPU), str(checkpoints / "awq"), "cpu").model
+    assert isinstance(model.get_output_embeddings(), QuantizedLinear)
+    plain = tokens("awq", checkpoints / "streams", flags=flags)
+    assert tokens("awq+spec_stream", checkpoints / "streams", flags=flags, draft_nodes=5) == plain
+
+
 def test_streams_change_no_token(checkpoints):
     plain = tokens("awq", checkpoints / "awq")
     assert tokens("awq+spec_stream", checkpoints / "streams", draft_nodes=5) == plain

@@ -12,6 +12,9 @@ METHOD = "packed_weights"
 PLAIN = "plain"
 """The format of a module that stays as it is."""
 AWQ_LAYOUTS = ("gemm", "gemv")
+INT8_HEAD = "int8"
+LEFT_OUT = ("checkpoint_layout", "lm_head")
+"""Fields that `config.json` has only where they say something."""
 
 
 class PackedWeightsConfig(QuantizationConfigMixin):
@@ -21,8 +24,9 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         bits: 8 or 4.
         group_size: inputs that share a scale, 32, 64 or 128; `None` for one scale an output.
         zero_point: whether groups have a zero point.
-        modules_to_not_convert: parts of module names that stay as they are, besides the LM head and the streams.
+        modules_to_not_convert: parts of module names that stay as they are, besides the streams.
         modules: full module name -> a format of its own, `{"bits": 8}` for one, or "plain"; all others have the format above.
+        lm_head: `int8` for the LM head in 8 bits, a copy where it is tied to the embeddings, which stay; `None`: as it is.
         checkpoint_layout: layout of AWQ's in which the checkpoint holds the weights, `None` for ours; gone once they are read.
 
     Raises:
@@ -37,6 +41,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         modules: dict[str, dict[str, Any] | str] | None = None,
         checkpoint_layout: str | None = None,
+        lm_head: str | None = None,
         **kwargs: Any,
     ):
         kwargs.pop("quant_method", None)
@@ -47,7 +52,9 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         self.bits, self.group_size, self.zero_point = bits, group_size, zero_point
         self.modules_to_not_convert = modules_to_not_convert
         self.modules = modules
-        self.checkpoint_layout = checkpoint_layout
+        self.checkpoint_layout, self.lm_head = checkpoint_layout, lm_head
+        if lm_head not in (None, INT8_HEAD):
+            raise ValueError(f"lm_head is {lm_head!r}, expected '{INT8_HEAD}' or None.")
         if checkpoint_layout not in (None, *AWQ_LAYOUTS):
             raise ValueError(
                 f"layout {checkpoint_layout!r} of a checkpoint is none of {', '.join(AWQ_LAYOUTS)}."
@@ -58,12 +65,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as `config.json` holds them."""
-        fields = super().to_dict()
-        return (
-            fields
-            if self.checkpoint_layout
-            else {k: v for k, v in fields.items() if k != "checkpoint_layout"}
-        )
+        return {name: value for name, value in super().to_dict().items() if value or name not in LEFT_OUT}
 
     @property
     def format(self) -> WeightFormat:

@@ -23,9 +23,10 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..integrations.quantized_linear import QuantizedLinear, QuantizedWeight
 from .awq_checkpoint import PARTS, quantized_layers, unpacked
-from .configuration import METHOD, PLAIN, PackedWeightsConfig
+from .configuration import INT8_HEAD, METHOD, PLAIN, PackedWeightsConfig
 from .packing import WeightFormat
 
+HEAD_FORMAT = WeightFormat(8)
 STREAMS = "streams"
 """Streams stay in half precision: their updates are added to quantised products."""
 
@@ -39,7 +40,7 @@ def register() -> None:
 
 
 def convertible(model: Any, skipped: list[str]) -> dict[str, Any]:
-    """Returns by name the linear layers of a model that are converted: all but the head, the streams, and what is skipped.
+    """Returns by name the linear layers of a model that share a format: all but the head, the streams, and what is skipped.
 
     Args:
         model: a causal language model, with or without streams.
@@ -98,17 +99,58 @@ def quantize_model(model: Any, config: PackedWeightsConfig) -> Any:
     Raises:
         ValueError: a weight that cannot be packed, or a module that the model lacks; the message names the layer.
     """
-    for name, kind in formats(model, config).items():
+    wanted = formats(model, config)
+    if config.lm_head:
+        _head_of(model)  # refuses before anything is packed
+    for name, kind in wanted.items():
         module: Any = model.get_submodule(name)
-        shell = quantized_shell(module, kind, module.weight.dtype)
-        packed = _packed(name, module.weight, shell)
-        for field, tensor in packed.tensors().items():
-            setattr(shell, field, nn.Parameter(tensor, requires_grad=False))
-        if module.bias is not None:
-            shell.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-        model.set_submodule(name, shell)
+        model.set_submodule(name, _quantized(name, module, kind))
     model.config.quantization_config = config
+    if config.lm_head:
+        quantize_head(model)
     return model
+
+
+@torch.no_grad()
+def quantize_head(model: Any) -> None:
+    """Packs a model's LM head in 8 bits, in place; its configuration then says so.
+
+    A head that is tied to the embeddings becomes a weight of its own, and the embeddings stay as they are. `tie_word_embeddings`
+    stays too: it says what the model is without the quantisation.
+
+    Raises:
+        ValueError: a head that cannot be packed.
+    """
+    name, head = _head_of(model)
+    shell = _quantized(name, head, HEAD_FORMAT)
+    _untie(model, name)
+    model.set_submodule(name, shell)
+    model.config.quantization_config.lm_head = INT8_HEAD
+
+
+def _head_of(model: Any) -> tuple[str, Any]:
+    """Returns the LM head's name and the head. Raises ValueError where there is none that could be packed."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no LM head that can be packed; leave lm_head out.")
+    return next(name for name, module in model.named_modules() if module is head), head
+
+
+def _untie(model: Any, name: str) -> None:
+    """Makes upstream forget that a head is tied, now and whenever it looks again."""
+    weight = f"{name}.weight"
+    model._tied_weights_keys = {k: v for k, v in (model._tied_weights_keys or {}).items() if k != weight}
+    model.all_tied_weights_keys.pop(weight, None)
+
+
+def _quantized(name: str, module: Any, kind: WeightFormat) -> QuantizedLinear:
+    """Returns a linear layer's quantised one. Raises ValueError if its weight cannot be packed."""
+    shell = quantized_shell(module, kind, module.weight.dtype)
+    for field, tensor in _packed(name, module.weight, shell).tensors().items():
+        setattr(shell, field, nn.Parameter(tensor, requires_grad=False))
+    if module.bias is not None:
+        shell.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    return shell
 
 
 def _packed(name: str, weight: torch.Tensor, shell: QuantizedLinear) -> QuantizedWeight:
@@ -146,6 +188,11 @@ class PackedWeightsQuantizer(HfQuantizer):
                     placeholder = torch.empty(module.weight.shape, dtype=module.weight.dtype)
                     shell.weight = nn.Parameter(placeholder, requires_grad=False)
             model.set_submodule(name, shell)
+        if self.quantization_config.lm_head and self.pre_quantized:
+            name, head = _head_of(model)
+            with torch.device("meta"):
+                model.set_submodule(name, quantized_shell(head, HEAD_FORMAT, head.weight.dtype))
+            _untie(model, name)
         model.config.quantization_config = self.quantization_config
 
     def _look_at_files(self, model: Any, files: list[str]) -> None:
@@ -167,6 +214,8 @@ class PackedWeightsQuantizer(HfQuantizer):
         del kwargs
         if self.refused:
             raise ValueError("; ".join(self.refused))
+        if self.quantization_config.lm_head and not self.pre_quantized:
+            quantize_head(model)  # only now is a tied head there
         if self.quantization_config.checkpoint_layout:
             self.quantization_config.checkpoint_layout = None
             # What is saved from now on is ours; upstream would turn it back.
