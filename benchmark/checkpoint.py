@@ -38,6 +38,7 @@ class Checkpoint:
         fingerprint: changes when the config or the weights do, the assistant's included.
         assistant: the small model that drafts for it in this run; None for nobody.
         tensors: names of what is stored, the base model's included; none with random weights.
+        quantized: how the main weights are quantised, as `quant_method` names it; None for not at all.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Checkpoint:
     fingerprint: str
     assistant: "Checkpoint | None" = None
     tensors: frozenset[str] = frozenset()
+    quantized: str | None = None
 
     def with_assistant(self, assistant: "Checkpoint") -> "Checkpoint":
         """Returns the checkpoint with its assistant."""
@@ -107,8 +109,16 @@ def inspect(path: Path, random_weights: bool = False) -> Checkpoint:
             for tensor in header.values():
                 parameters += math.prod(tensor["shape"])
                 weight_bytes += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    # The last place holds the main weights.
+    saved = _checked_config(places[-1]).get("quantization_config")
     return Checkpoint(
-        path, config, parameters, weight_bytes, digest.hexdigest()[:16], tensors=frozenset(tensors)
+        path,
+        config,
+        parameters,
+        weight_bytes,
+        digest.hexdigest()[:16],
+        tensors=frozenset(tensors),
+        quantized=saved.get("quant_method") if isinstance(saved, dict) else None,
     )
 
 

@@ -121,7 +121,7 @@ def _begin(
     config: RunConfig, checkpoint: Checkpoint, data: Data, directory: RunDirectory, machine: Mapping[str, Any]
 ) -> tuple[RunPlan, dict[str, Any]]:
     """Returns the plan of a new run and writes down what it stands on."""
-    chosen = selection.select(config, machine, checkpoint.config)
+    chosen = selection.select(config, machine, checkpoint.config, checkpoint.quantized)
     if config.acceptance_sweep and not any(contender.sweeps for contender in chosen.contenders.values()):
         raise UsageError("--acceptance_sweep needs a technique that drafts with our engine: add spec_stream.")
     plan, memory = first_plan(config, chosen, data, checkpoint, machine)

@@ -8,6 +8,7 @@ from benchmark.config import RunConfig
 from benchmark.errors import UsageError
 from benchmark.plan import Contender
 from models import TECHNIQUES, Recipe, fold, largest_batch, unavailable
+from models.awq import unreadable
 from models.precision_plan import read_plan
 
 ALL = "all"
@@ -83,13 +84,19 @@ def needs_assistant(config: RunConfig) -> bool:
     )
 
 
-def select(config: RunConfig, machine: Mapping[str, Any], model_config: Mapping[str, Any]) -> Selection:
+def select(
+    config: RunConfig,
+    machine: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    quantized: str | None = None,
+) -> Selection:
     """Returns the techniques that can run on a machine, and why the others cannot.
 
     Args:
         config: the run's options.
         machine: what a worker said of the device.
         model_config: the checkpoint's `config.json`.
+        quantized: how the checkpoint's main weights are quantised, `None` for not at all.
 
     Raises:
         UsageError: a technique named alone cannot run here, none can, or slots exclude each other.
@@ -101,6 +108,7 @@ def select(config: RunConfig, machine: Mapping[str, Any], model_config: Mapping[
         recipe = _recipe(name, config, machine)
         reason = (
             unavailable(name, machine, config.as_json())
+            or unreadable(recipe.weights, quantized)
             or _without_streams(recipe, config, model_config)
             or _beyond_batch(name, config, every=name != alone)
         )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from models.lm_head import HELP, KEPT, check_head, with_head
 from models.precision_plan import plan_text, read_plan
 from models.technique import Recipe, Technique, option
 
@@ -14,7 +15,7 @@ PLAN = "int4-plan:"
 
 @dataclass(frozen=True)
 class Int4(Technique):
-    """Our engine on weights of 4 bits; the LM head, embeddings and streams stay as they are."""
+    """Our engine on weights of 4 bits; embeddings and streams stay as they are, and unless told the LM head."""
 
     name: ClassVar[str] = "int4"
     summary: ClassVar[str] = "our engine on weights in 4 bits"
@@ -25,7 +26,10 @@ class Int4(Technique):
         None, "file of sensitivity.py that says which layers keep more bits, and all formats"
     )
 
+    lm_head: str = option(KEPT, HELP)
+
     def __post_init__(self) -> None:
+        check_head(self.lm_head)
         if self.int4_scheme not in SCHEMES:
             raise ValueError(f"--int4_scheme got '{self.int4_scheme}', expected one of {', '.join(SCHEMES)}.")
         if self.group_size not in GROUP_SIZES:
@@ -40,6 +44,7 @@ class Int4(Technique):
 
     def apply(self, recipe: Recipe) -> Recipe:
         if self.precision_plan:
-            return recipe.claim(weights=PLAN + plan_text(read_plan(self.precision_plan)))
+            plan = PLAN + plan_text(read_plan(self.precision_plan))
+            return recipe.claim(weights=with_head(plan, self.lm_head))
         scheme = "naive" if self.int4_scheme == "naive" else f"group{self.group_size}"
-        return recipe.claim(weights=f"int4-{scheme}")
+        return recipe.claim(weights=with_head(f"int4-{scheme}", self.lm_head))

@@ -42,7 +42,7 @@ class Recipe:
         dtype: `float32`, `float16`, `bfloat16`, or `half` until resolved.
         attention: `default` (the upstream class's own), `eager`, `sdpa` or `flash`.
         weights: how weights are stored: `plain`; ours, `int8`, `int4-naive` or `int4-group128` and the like; a peer's,
-            `bnb-int8`, `bnb-nf4` or `torchao-int4`.
+            `bnb-int8`, `bnb-nf4` or `torchao-int4`. `-head8` behind one of ours: the LM head in 8 bits too.
         kv: `dynamic` or `none` (stock decoder), `static` (engine).
         decoder: `stock` is upstream's generate, `engine` ours.
         drafts: who proposes tokens, `streams`, `prompt_lookup` or `assistant` (a small model); `None` for nobody.

@@ -10,9 +10,10 @@ import torch
 from huggingface.transformers.quantizers.awq import scale_for_quantization
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from huggingface.transformers.quantizers.quantizer import quantize_model
+from models.awq import PREFIX
+from models.lm_head import split_head
 from models.loading.tokenizing import encode
 
-PREFIX = "awq-group"
 WINDOW, WINDOWS = 512, 32
 """Tokens of a stretch of calibration text, and stretches used; AWQ's paper found a few to suffice."""
 
@@ -31,13 +32,12 @@ def scale_and_pack(model: Any, tokenizer: Any, weights: str) -> Any:
         weights: the recipe's slot, `awq-group128:digest:path`.
 
     Raises:
-        ValueError: no text in the recipe, or one that cannot be read or has no tokens.
+        ValueError: the text cannot be read or has no tokens.
     """
-    scheme, _, rest = weights.partition(":")
+    named, head = split_head(weights)
+    scheme, _, rest = named.partition(":")
     path = rest.partition(":")[2]
-    if not path:
-        raise ValueError("awq chooses its scales on calibration text; name a file with --calibration_text.")
-    config = PackedWeightsConfig(4, int(scheme.removeprefix(PREFIX)))
+    config = PackedWeightsConfig(4, int(scheme.removeprefix(PREFIX)), lm_head=head)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -338,7 +338,7 @@ def assemble(
     helper = build_assistant(recipe, assistant, config.vocab_size, device, random_weights)
     built = build_model(recipe, checkpoint, config, device, random_weights)
     _check_finite(built.model, recipe, "model")
-    if is_calibrated(recipe.weights):
+    if is_calibrated(recipe.weights) and getattr(built.model.config, "quantization_config", None) is None:
         scale_and_pack(built.model, tokenizer, str(recipe.weights))
     if helper is not None:
         _check_finite(helper.model, recipe, "assistant")

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from huggingface.transformers.quantizers.awq_checkpoint import translated
 from huggingface.transformers.quantizers.configuration import METHOD, PackedWeightsConfig
+from models.awq import METHOD as AWQ
+from models.awq import unreadable
 from models.int4 import PLAN
+from models.lm_head import split_head
 from models.loading.calibrated import is_calibrated
+from models.loading.checkpoint import main_weights, read_config
 from models.precision_plan import FORMAT_FIELDS, PLAIN, normal_format, normal_plan
 
 PEERS = ("bnb-int8", "bnb-nf4", "torchao-int4")
@@ -26,22 +31,23 @@ def packed_config(weights: str | None) -> PackedWeightsConfig | None:
     """
     if weights in (None, PLAIN) or is_calibrated(weights):  # the latter are packed once they are read
         return None
-    if str(weights).startswith(PLAN):
-        return plan_config(json.loads(str(weights).removeprefix(PLAN)))
-    bits, _, scheme = str(weights).partition("-")
+    named, head = split_head(str(weights))
+    if named.startswith(PLAN):
+        return plan_config(json.loads(named.removeprefix(PLAN)), head)
+    bits, _, scheme = named.partition("-")
     if bits == "int8" and not scheme:
-        return PackedWeightsConfig(8)
+        return PackedWeightsConfig(8, lm_head=head)
     if bits == "int4" and scheme == "naive":
-        return PackedWeightsConfig(4)
+        return PackedWeightsConfig(4, lm_head=head)
     if bits == "int4" and scheme.startswith("group") and scheme[5:].isdigit():
-        return PackedWeightsConfig(4, int(scheme[5:]))
+        return PackedWeightsConfig(4, int(scheme[5:]), lm_head=head)
     raise ValueError(f"a recipe's weights are '{weights}', which this version does not know.")
 
 
-def plan_config(plan: Mapping[str, Any]) -> PackedWeightsConfig:
-    """Returns upstream's `quantization_config` of a precision plan. Raises ValueError if it is none."""
+def plan_config(plan: Mapping[str, Any], lm_head: str | None = None) -> PackedWeightsConfig:
+    """Returns upstream's `quantization_config` of a precision plan and the head's format. Raises ValueError if it is none."""
     meant = normal_plan(plan)
-    return PackedWeightsConfig(**meant["default"], modules=meant["modules"])
+    return PackedWeightsConfig(**meant["default"], modules=meant["modules"], lm_head=lm_head)
 
 
 def loading_options(weights: str | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -75,14 +81,31 @@ def stored_bytes(parameter: torch.nn.Parameter) -> int:
     return parameter.nbytes + (0 if scales is None else scales.nbytes)
 
 
-def check_unquantized(config: PreTrainedConfig, weights: str | None, checkpoint: str) -> None:
-    """Raises ValueError if a checkpoint is quantised already and the recipe would do it again, or in another way."""
-    saved: Any = getattr(config, "quantization_config", None)
+def saved_quantization(checkpoint: str, config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Returns what a checkpoint, or the base model of one of streams alone, says of its weights; `None` for nothing."""
+    place = main_weights(checkpoint, config)
+    saved: Any = getattr(config if place == checkpoint else read_config(place), "quantization_config", None)
+    return saved if saved is None or isinstance(saved, dict) else saved.to_dict()
+
+
+def check_unquantized(fields: Mapping[str, Any] | None, weights: str | None, checkpoint: str) -> None:
+    """Raises ValueError if a recipe would quantise what is quantised already, read it in another way, or lacks what it needs.
+
+    Args:
+        fields: what :func:`saved_quantization` says.
+        weights: the recipe's slot.
+        checkpoint: for messages.
+    """
+    method = None if fields is None else fields.get("quant_method")
+    refused = unreadable(weights, method)
+    if refused:
+        raise ValueError(f"{checkpoint}: {refused}")
     wanted = None if weights in PEERS else packed_config(weights)
-    if saved is None or weights in (None, PLAIN):
+    if fields is None or weights in (None, PLAIN):
         return
-    fields = saved if isinstance(saved, dict) else saved.to_dict()
-    method = fields.get("quant_method")
+    if method == AWQ:
+        translated(fields, checkpoint)
+        return
     same = wanted is not None and method == METHOD and _meaning(fields) == _meaning(wanted.to_dict())
     if not same:
         how = _in_words(fields) if method == METHOD else method
@@ -95,9 +118,10 @@ def check_unquantized(config: PreTrainedConfig, weights: str | None, checkpoint:
 def _meaning(fields: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns what a saved quantisation says of every weight."""
     own = {name: normal_format(value, name) for name, value in (fields.get("modules") or {}).items()}
-    return (*(fields.get(name) for name in FORMAT_FIELDS), own)
+    return (*(fields.get(name) for name in (*FORMAT_FIELDS, "lm_head")), own)
 
 
 def _in_words(fields: Mapping[str, Any]) -> str:
     plan = ", with a precision plan" if fields.get("modules") else ""
-    return f"{fields.get('bits')} bits, group size {fields.get('group_size')}{plan}"
+    head = f", LM head in {fields['lm_head']}" if fields.get("lm_head") else ""
+    return f"{fields.get('bits')} bits, group size {fields.get('group_size')}{plan}{head}"

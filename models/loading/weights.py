@@ -23,9 +23,18 @@ from huggingface.transformers.models.spec_stream import (
     supported_architectures,
 )
 from huggingface.transformers.models.spec_stream.configuration_spec_stream import StreamConfig, StreamFields
-from huggingface.transformers.quantizers.quantizer import quantize_model
+from huggingface.transformers.quantizers.quantizer import quantize_head, quantize_model
+from models.awq import METHOD as AWQ
+from models.lm_head import split_head
+from models.loading.calibrated import is_calibrated
 from models.loading.checkpoint import has_streams, main_weights
-from models.loading.packed import PEERS, check_unquantized, loading_options, packed_config
+from models.loading.packed import (
+    PEERS,
+    check_unquantized,
+    loading_options,
+    packed_config,
+    saved_quantization,
+)
 from models.technique import Recipe
 
 STREAM_PREFIX = "streams."
@@ -55,7 +64,12 @@ def build_model(
     Raises:
         ValueError: the weights are incomplete or unreadable, or the architecture lacks what the recipe needs.
     """
-    check_unquantized(config, recipe.weights, checkpoint)
+    saved = saved_quantization(checkpoint, config)
+    check_unquantized(saved, recipe.weights, checkpoint)
+    if random_weights and saved is not None and saved.get("quant_method") == AWQ:
+        raise ValueError(
+            f"{checkpoint} is an AWQ checkpoint, and awq is made from weights; leave out --random_weights."
+        )
     make = _engine if recipe.decoder == "engine" else _stock
     with quiet(), readable(checkpoint):
         built = make(recipe, checkpoint, config, device, random_weights)
@@ -139,7 +153,17 @@ def _engine(
     )
     model, found = loaded
     check_keys(found, checkpoint)
-    return BuiltModel(model)
+    return BuiltModel(model, _read_as_it_is(model, recipe))
+
+
+def _read_as_it_is(model: Any, recipe: Recipe) -> list[str]:
+    """Returns what to tell of a model whose weights came scaled and packed; packs its head where the recipe says so."""
+    config = getattr(model.config, "quantization_config", None)
+    if not is_calibrated(recipe.weights) or config is None:
+        return []
+    if split_head(str(recipe.weights))[1]:
+        quantize_head(model)
+    return [f"the checkpoint's own AWQ weights, groups of {config.group_size}: no scales were searched"]
 
 
 def _packed(model: Any, recipe: Recipe) -> Any:

@@ -1,9 +1,12 @@
-"""Precision plans in a run: one for another model, and one that changed since the run began."""
+"""Which techniques a run has: precision plans for another model or changed since it began, checkpoints in AWQ's format."""
 
 import json
 
 import pytest
 
+from benchmark.config import RunConfig
+from benchmark.errors import UsageError
+from benchmark.selection import select
 from tests.benchmark.bench import Bench
 
 PLAN = {"default": {"bits": 4, "group_size": 32}, "modules": {}}
@@ -58,3 +61,14 @@ def test_a_plan_that_changed_is_refused_also_by_a_finished_run(bench, plan):
     assert bench.run(*words) == 2
     assert "how int4 would store weights is not as when this run began" in bench.err
     assert bench.run(*words, "--overwrite") == 0
+
+
+def test_a_checkpoint_in_awqs_format_is_for_awq():
+    config = RunConfig(model_type=("naive", "int4", "awq"))
+    chosen = select(config, {"device": "cpu"}, {}, quantized="awq")
+    assert list(chosen.contenders) == ["awq"]
+    assert all("use awq" in reason for reason in chosen.skipped.values())
+    with pytest.raises(UsageError, match="int4 cannot run here: .*use awq"):
+        select(RunConfig(model_type=("int4",)), {"device": "cpu"}, {}, quantized="awq")
+    with pytest.raises(UsageError, match="awq cannot run here: .*--calibration_text"):
+        select(RunConfig(model_type=("awq",)), {"device": "cpu"}, {})

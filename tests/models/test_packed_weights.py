@@ -7,9 +7,12 @@ import shutil
 
 import pytest
 
+from huggingface.transformers.integrations.quantized_linear import QuantizedLinear
 from models import Machine, Recipe, fold, unavailable
 from models.answer import Limits
+from models.awq import unreadable
 from models.loading import load
+from models.loading.packed import check_unquantized, packed_config
 
 CPU = Machine("cpu")
 WEIGHTS = ["int8", "int4"]
@@ -27,7 +30,51 @@ def test_what_they_decide():
     assert whole.without_drafts().weights == whole.weights
 
 
-@pytest.mark.parametrize("flags", [{"group_size": 48}, {"int4_scheme": "best"}])
+def test_the_heads_format_is_part_of_the_weights_name(tmp_path):
+    flags = {"lm_head": "int8"}
+    assert fold("int8", flags).weights == "int8-head8"
+    assert fold("int4", flags | {"int4_scheme": "naive"}).weights == "int4-naive-head8"
+    assert fold("awq", flags).weights == "awq-group128-head8"
+    assert fold("int8", {"lm_head": "kept"}) == fold("int8")
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"default": {"bits": 4}, "modules": {}}))
+    weights = fold("int4", flags | {"precision_plan": str(plan)}).weights
+    assert weights.startswith("int4-plan-head8:{")
+    for name in ("int8-head8", "int4-group64-head8", weights):
+        assert packed_config(name).lm_head == "int8"
+    assert packed_config("int4-group64").lm_head is None
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "awq"])
+def test_a_head_in_8_bits(weights, text, stream_checkpoint):
+    """Streams draft through it; it is a copy where it is tied, and smaller where it is not."""
+
+    def load_with(names, **flags):
+        flags |= {"group_size": 32, "calibration_text": str(text)}
+        return load(fold(names, flags, CPU), str(stream_checkpoint), "cpu", draft_nodes=5)
+
+    def tokens(loaded):
+        return [answer.token_ids for answer in loaded.generate(PROMPTS, LIMITS)]
+
+    kept, packed = load_with(weights), load_with(weights, lm_head="int8")
+    drafted = load_with(f"{weights}+spec_stream", lm_head="int8")
+    assert tokens(drafted) == tokens(packed)
+    head = packed.model.get_output_embeddings()
+    assert isinstance(head, QuantizedLinear)
+    embeddings = packed.model.get_input_embeddings().weight
+    tied = kept.model.get_output_embeddings().weight is kept.model.get_input_embeddings().weight
+    change = head.weight.nbytes + head.weight_scale.nbytes - (0 if tied else embeddings.nbytes)
+    assert packed.weight_bytes - kept.weight_bytes == change
+
+
+def test_a_checkpoint_with_a_packed_head_is_another():
+    saved = packed_config("int8-head8").to_dict()
+    check_unquantized(saved, "int8-head8", "here")
+    with pytest.raises(ValueError, match=r"quantised already \(8 bits, group size None, LM head in int8\)"):
+        check_unquantized(saved, "int8", "here")
+
+
+@pytest.mark.parametrize("flags", [{"group_size": 48}, {"int4_scheme": "best"}, {"lm_head": "int4"}])
 def test_value_out_of_range_names_the_flag(flags):
     with pytest.raises(ValueError, match=f"--{next(iter(flags))} got"):
         fold("int4", flags)
@@ -82,7 +129,7 @@ def test_awq_is_named_by_what_it_read(text):
 
 
 def test_awq_needs_text(tmp_path, stock_checkpoint):
-    assert "--calibration_text" in unavailable("awq", CPU)
+    assert "--calibration_text" in unreadable(fold("awq").weights, None)
     for name, content in (("empty.txt", "  "), ("missing.txt", None)):
         if content is not None:
             (tmp_path / name).write_text(content)

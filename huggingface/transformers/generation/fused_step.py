@@ -18,6 +18,7 @@ import torch
 from ..cache_utils import StaticTreeCache
 from ..integrations.context_lookup import lookup_continuation
 from ..integrations.fused_norm import add_norm
+from ..integrations.quantized_linear import QuantizedLinear
 from ..integrations.skinny_linear import linear
 from ..integrations.tree_acceptance import (
     BestTokensWorkspace,
@@ -221,7 +222,8 @@ class FusedStep:
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         head = self.model.get_output_embeddings()
-        return linear(states.contiguous(), head.weight, head.bias)
+        states = states.contiguous()
+        return head(states) if isinstance(head, QuantizedLinear) else linear(states, head.weight, head.bias)
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         if not self.rule.do_sample and not self.rule.processors:

@@ -11,6 +11,10 @@ from .packing import WeightFormat
 METHOD = "packed_weights"
 PLAIN = "plain"
 """The format of a module that stays as it is."""
+AWQ_LAYOUTS = ("gemm", "gemv")
+INT8_HEAD = "int8"
+LEFT_OUT = ("checkpoint_layout", "lm_head")
+"""Fields that `config.json` has only where they say something."""
 
 
 class PackedWeightsConfig(QuantizationConfigMixin):
@@ -20,11 +24,13 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         bits: 8 or 4.
         group_size: inputs that share a scale, 32, 64 or 128; `None` for one scale an output.
         zero_point: whether groups have a zero point.
-        modules_to_not_convert: parts of module names that stay as they are, besides the LM head and the streams.
+        modules_to_not_convert: parts of module names that stay as they are, besides the streams.
         modules: full module name -> a format of its own, `{"bits": 8}` for one, or "plain"; all others have the format above.
+        lm_head: `int8` for the LM head in 8 bits, a copy where it is tied to the embeddings, which stay; `None`: as it is.
+        checkpoint_layout: layout of AWQ's in which the checkpoint holds the weights, `None` for ours; gone once they are read.
 
     Raises:
-        ValueError: a format that is not known; one of `modules` is named.
+        ValueError: a format or layout that is not known; one of `modules` is named.
     """
 
     def __init__(
@@ -34,6 +40,8 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         zero_point: bool = False,
         modules_to_not_convert: list[str] | None = None,
         modules: dict[str, dict[str, Any] | str] | None = None,
+        checkpoint_layout: str | None = None,
+        lm_head: str | None = None,
         **kwargs: Any,
     ):
         kwargs.pop("quant_method", None)
@@ -44,9 +52,20 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         self.bits, self.group_size, self.zero_point = bits, group_size, zero_point
         self.modules_to_not_convert = modules_to_not_convert
         self.modules = modules
+        self.checkpoint_layout, self.lm_head = checkpoint_layout, lm_head
+        if lm_head not in (None, INT8_HEAD):
+            raise ValueError(f"lm_head is {lm_head!r}, expected '{INT8_HEAD}' or None.")
+        if checkpoint_layout not in (None, *AWQ_LAYOUTS):
+            raise ValueError(
+                f"layout {checkpoint_layout!r} of a checkpoint is none of {', '.join(AWQ_LAYOUTS)}."
+            )
         self.format  # noqa: B018 - says what is wrong with it
         for name in modules or {}:
             self.format_of(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as `config.json` holds them."""
+        return {name: value for name, value in super().to_dict().items() if value or name not in LEFT_OUT}
 
     @property
     def format(self) -> WeightFormat:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,9 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..integrations.quantized_linear import QuantizedLinear, QuantizedWeight
-from .configuration import METHOD, PackedWeightsConfig
+from .awq_checkpoint import PARTS, quantized_layers, unpacked
+from .configuration import INT8_HEAD, METHOD, PLAIN, PackedWeightsConfig
 from .packing import WeightFormat
 
+HEAD_FORMAT = WeightFormat(8)
 STREAMS = "streams"
 """Streams stay in half precision: their updates are added to quantised products."""
 
@@ -38,7 +40,7 @@ def register() -> None:
 
 
 def convertible(model: Any, skipped: list[str]) -> dict[str, Any]:
-    """Returns by name the linear layers of a model that are converted: all but the head, the streams, and what is skipped.
+    """Returns by name the linear layers of a model that share a format: all but the head, the streams, and what is skipped.
 
     Args:
         model: a causal language model, with or without streams.
@@ -97,17 +99,58 @@ def quantize_model(model: Any, config: PackedWeightsConfig) -> Any:
     Raises:
         ValueError: a weight that cannot be packed, or a module that the model lacks; the message names the layer.
     """
-    for name, kind in formats(model, config).items():
+    wanted = formats(model, config)
+    if config.lm_head:
+        _head_of(model)  # refuses before anything is packed
+    for name, kind in wanted.items():
         module: Any = model.get_submodule(name)
-        shell = quantized_shell(module, kind, module.weight.dtype)
-        packed = _packed(name, module.weight, shell)
-        for field, tensor in packed.tensors().items():
-            setattr(shell, field, nn.Parameter(tensor, requires_grad=False))
-        if module.bias is not None:
-            shell.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-        model.set_submodule(name, shell)
+        model.set_submodule(name, _quantized(name, module, kind))
     model.config.quantization_config = config
+    if config.lm_head:
+        quantize_head(model)
     return model
+
+
+@torch.no_grad()
+def quantize_head(model: Any) -> None:
+    """Packs a model's LM head in 8 bits, in place; its configuration then says so.
+
+    A head that is tied to the embeddings becomes a weight of its own, and the embeddings stay as they are. `tie_word_embeddings`
+    stays too: it says what the model is without the quantisation.
+
+    Raises:
+        ValueError: a head that cannot be packed.
+    """
+    name, head = _head_of(model)
+    shell = _quantized(name, head, HEAD_FORMAT)
+    _untie(model, name)
+    model.set_submodule(name, shell)
+    model.config.quantization_config.lm_head = INT8_HEAD
+
+
+def _head_of(model: Any) -> tuple[str, Any]:
+    """Returns the LM head's name and the head. Raises ValueError where there is none that could be packed."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no LM head that can be packed; leave lm_head out.")
+    return next(name for name, module in model.named_modules() if module is head), head
+
+
+def _untie(model: Any, name: str) -> None:
+    """Makes upstream forget that a head is tied, now and whenever it looks again."""
+    weight = f"{name}.weight"
+    model._tied_weights_keys = {k: v for k, v in (model._tied_weights_keys or {}).items() if k != weight}
+    model.all_tied_weights_keys.pop(weight, None)
+
+
+def _quantized(name: str, module: Any, kind: WeightFormat) -> QuantizedLinear:
+    """Returns a linear layer's quantised one. Raises ValueError if its weight cannot be packed."""
+    shell = quantized_shell(module, kind, module.weight.dtype)
+    for field, tensor in _packed(name, module.weight, shell).tensors().items():
+        setattr(shell, field, nn.Parameter(tensor, requires_grad=False))
+    if module.bias is not None:
+        shell.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    return shell
 
 
 def _packed(name: str, weight: torch.Tensor, shell: QuantizedLinear) -> QuantizedWeight:
@@ -134,7 +177,8 @@ class PackedWeightsQuantizer(HfQuantizer):
         return isinstance(module, QuantizedLinear) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        del kwargs
+        if self.quantization_config.checkpoint_layout:
+            self._look_at_files(model, kwargs.get("checkpoint_files") or [])
         for name, kind in formats(model, self.quantization_config).items():
             module: Any = model.get_submodule(name)
             with torch.device("meta"):
@@ -144,12 +188,42 @@ class PackedWeightsQuantizer(HfQuantizer):
                     placeholder = torch.empty(module.weight.shape, dtype=module.weight.dtype)
                     shell.weight = nn.Parameter(placeholder, requires_grad=False)
             model.set_submodule(name, shell)
+        if self.quantization_config.lm_head and self.pre_quantized:
+            name, head = _head_of(model)
+            with torch.device("meta"):
+                model.set_submodule(name, quantized_shell(head, HEAD_FORMAT, head.weight.dtype))
+            _untie(model, name)
         model.config.quantization_config = self.quantization_config
+
+    def _look_at_files(self, model: Any, files: list[str]) -> None:
+        """Learns from an AWQ checkpoint's headers which layers it packs; raises ValueError before a tensor is read."""
+        config = self.quantization_config
+        layers = {name: sizes_of(module) for name, module in convertible(model, []).items()}
+        prefix, layout = model.base_model_prefix, str(config.checkpoint_layout)
+        found = quantized_layers(files, layers, int(config.group_size or 0), layout, prefix)
+        config.modules = {name: PLAIN for name, kind in found.items() if kind == PLAIN} or None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Returns upstream's conversions, and for an AWQ checkpoint the one that turns a layer's tensors into ours."""
+        if not self.quantization_config.checkpoint_layout:
+            return weight_conversions
+        sources = [rf"\.{part}$" for part in PARTS]
+        return [*weight_conversions, WeightConverter(sources, ".weight", [UnpackAwq(self)])]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del kwargs
         if self.refused:
             raise ValueError("; ".join(self.refused))
+        if self.quantization_config.lm_head and not self.pre_quantized:
+            quantize_head(model)  # only now is a tied head there
+        if self.quantization_config.checkpoint_layout:
+            self.quantization_config.checkpoint_layout = None
+            # What is saved from now on is ours; upstream would turn it back.
+            model._weight_conversions = [
+                one
+                for one in model._weight_conversions
+                if not any(isinstance(step, UnpackAwq) for step in getattr(one, "operations", ()))
+            ]
         return model
 
     def get_quantize_ops(self) -> PackWeights:
@@ -199,3 +273,31 @@ class PackWeights(ConversionOps):
         if missing is not None:
             missing -= stored.keys()
         return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in stored.items()}
+
+
+class UnpackAwq(ConversionOps):
+    """Turns one layer's tensors of an AWQ checkpoint into ours; upstream's extension point for reading."""
+
+    def __init__(self, quantizer: PackedWeightsQuantizer):
+        self.hf_quantizer = quantizer  # upstream looks at this name: tensors come in the checkpoint's dtypes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnpackAwq:
+        """Upstream copies the operation for each layer; what is refused belongs to one quantiser."""
+        return self
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, nn.Parameter]:
+        """Returns the stored tensors of the layer whose three tensors are in `input_dict`, by full name."""
+        config, base = self.hf_quantizer.quantization_config, kwargs["full_layer_name"].rpartition(".")[0]
+        parts = {
+            name: next(tensors[0] for source, tensors in input_dict.items() if name in source)
+            for name in PARTS
+        }
+        try:
+            stored = unpacked(parts, int(config.group_size or 0), str(config.checkpoint_layout))
+        except ValueError as error:
+            self.hf_quantizer.refused.append(f"{base}: {error}")  # raised once all tensors are read
+            parts["scales"] = torch.zeros_like(parts["scales"])
+            stored = unpacked(parts, int(config.group_size or 0), str(config.checkpoint_layout))
+        return {f"{base}.{name}": nn.Parameter(one, requires_grad=False) for name, one in stored.items()}

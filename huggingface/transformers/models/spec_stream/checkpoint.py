@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
+from ...quantizers.awq_checkpoint import translate_config
+
 STREAM_PREFIX = "streams."
 
 
@@ -30,6 +32,7 @@ class StreamCheckpointMixin:
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
             kwargs["config"] = config
+        translate_config(config, str(pretrained_model_name_or_path))
         wanted_info = kwargs.pop("output_loading_info", False)
         base = getattr(config, "base_model_name_or_path", None)
         if base is not None and not init_streams:
@@ -48,7 +51,9 @@ class StreamCheckpointMixin:
         base_path = _beside(directory, base)
         config = kwargs["config"]
         families = {cls.stock_config_class.model_type, cls.config_class.model_type}
-        _check_same_base(config, AutoConfig.from_pretrained(base_path), families, directory, base_path)
+        base_config = translate_config(AutoConfig.from_pretrained(base_path), base_path)
+        _check_same_base(config, base_config, families, directory, base_path)
+        _quantize_as(config, base_config)
         model, info = super().from_pretrained(base_path, *args, output_loading_info=True, **kwargs)
         _check_main_keys(base_path, info)
         _load_streams(model, Path(directory))
@@ -92,6 +97,15 @@ def _check_same_base(config, base_config, families: set[str], directory, base_pa
                 f"the streams in {directory} were trained for a model with {field} {ours}, but the base model {base_path} "
                 f"has {theirs}; point base_model_name_or_path in config.json at the right base model."
             )
+
+
+def _quantize_as(config, base_config) -> None:
+    """Makes a configuration say of the main weights what that of the base model does: they are the base model's."""
+    quantized = getattr(base_config, "quantization_config", None)
+    if quantized is not None:
+        config.quantization_config = quantized
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def _check_main_keys(base_path: str, info: dict[str, Any]) -> None:

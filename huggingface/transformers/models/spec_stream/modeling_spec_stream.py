@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ...generation.utils import SpecGenerationMixin
+from ...integrations.quantized_linear import QuantizedLinear
 from ...integrations.sdpa_kernels import shape_agnostic_kernels
 from ...masking_utils import attention_mask_from, visible_between, visible_with_streams
 from .checkpoint import StreamCheckpointMixin
@@ -241,20 +242,26 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
 
     def transition_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns `A E` and `B H`, each (vocab, rank); kept between calls while no factor changes and no gradient is wanted."""
-        embedding, head = self.get_input_embeddings().weight, self.get_output_embeddings().weight
+        embedding, head = self.get_input_embeddings().weight, self.get_output_embeddings()
         factors = (self.streams.transition_in, self.streams.transition_out)
         if torch.is_grad_enabled():
-            return factors[0](embedding), factors[1](head)
-        weights = (embedding, head, factors[0].weight, factors[1].weight)
+            return factors[0](embedding), factors[1](_dense_weight(head, embedding.dtype))
+        weights = (embedding, head.weight, factors[0].weight, factors[1].weight)
         source = tuple(key for weight in weights for key in (weight.data_ptr(), weight._version))
         if self._tables is None or self._tables_source != source:
-            self._tables, self._tables_source = (factors[0](embedding), factors[1](head)), source
+            dense = _dense_weight(head, embedding.dtype)
+            self._tables, self._tables_source = (factors[0](embedding), factors[1](dense)), source
         return self._tables
 
     def early_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, vocab) next-token probabilities read below the stream layers, for pruning draft nodes."""
         state = self.final_norm(self.streams.pruning_state(hidden))
         return self.get_output_embeddings()(state).float().softmax(-1)
+
+
+def _dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a linear layer's (out, in) weight; a quantised one is read back."""
+    return layer.packed.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def _gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
