@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmark.checkpoint import Checkpoint
 from benchmark.config import DTYPES, SHIPPED_CHECKPOINT
-from benchmark.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, RunError, UsageError
+from benchmark.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunError, UsageError
 from benchmark.files import write_atomically, write_json
 from benchmark.flags import Parser
 from datasets_code import MissingDataError
@@ -42,6 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USAGE)
     except (RunError, ValueError, OSError, MemoryError) as error:
         return _fail(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written.", EXIT_INTERRUPTED)
     sys.stdout.write(report(result))
     return EXIT_DONE
 

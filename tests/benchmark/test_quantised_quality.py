@@ -93,6 +93,16 @@ def test_every_format_is_judged_on_every_model(call, checkpoint, tmp_path, capsy
     )
 
 
+def test_an_interrupted_call_writes_nothing(call, checkpoint, tmp_path, monkeypatch, capsys):
+    def stop(subject):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quality, "measure_quality", stop)
+    assert call(model_name_or_path=checkpoint) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_recovered_is_a_share_of_the_loss_in_groups():
     rows = [
         {"model": "m", "weights": name, "nll_change": value}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from datasets_code import DataError, MissingDataError
+from datasets_code import DataError, Dataset, MissingDataError
 from precision.calibration import Text, cut, read_text
 
 
@@ -66,3 +66,16 @@ def test_sources(tmp_path):
 def test_a_fingerprint_is_the_text():
     assert Text("a", (), "x").fingerprint == Text("a", (), "y").fingerprint
     assert Text("a", (), "").fingerprint != Text("b", (), "").fingerprint
+
+
+def test_references_are_of_the_split_asked_for(monkeypatch):
+    asked, real = [], Dataset.load
+
+    def load(self, split, *rest):
+        asked.append(split)
+        return real(self, split, *rest)
+
+    monkeypatch.setattr(Dataset, "load", load)
+    assert read_text("references", None).pairs
+    assert read_text("references", None, "train").pairs
+    assert asked == ["validation"] * 3 + ["train"] * 3
