@@ -92,9 +92,11 @@ def quantized_layers(
         ValueError: a tensor is missing or of another shape or dtype, or a layer is quantised that we keep as it is.
     """
     found = headers(files)
-    quantized = {key.removesuffix(".qweight") for key in found if key.endswith(".qweight")}
-    here = {name: next((own for own in (name, name.removeprefix(prefix + ".")) if own in quantized), None)
-            for name in layers}  # fmt: skip
+    quantized = {key.rpartition(".")[0] for key in found if key.rpartition(".")[2] in PARTS}
+    here = {}
+    for name in layers:
+        names = (name, name.removeprefix(f"{prefix}."))
+        here[name] = next((own for own in names if own in quantized), None)
     stray = sorted(quantized - set(here.values()))
     if stray:
         raise ValueError(
@@ -102,7 +104,7 @@ def quantized_layers(
             "use a checkpoint of this architecture that keeps the LM head as it is."
         )
     if not quantized:
-        raise ValueError("config.json says AWQ, but no file holds a qweight; restore the checkpoint.")
+        raise ValueError("config.json says AWQ, but no file holds a packed layer; restore the checkpoint.")
     for name, own in here.items():
         if own is not None:
             _check_layer(own, found, layers[name], size, layout)
