@@ -67,6 +67,18 @@ def test_a_head_in_8_bits(weights, text, stream_checkpoint):
     assert packed.weight_bytes - kept.weight_bytes == change
 
 
+def test_a_packed_head_says_the_same_to_every_decoder(stock_checkpoint):
+    flags = {"lm_head": "int8"}
+
+    def tokens(names, **options):
+        loaded = load(fold(names, flags, CPU), str(stock_checkpoint), "cpu", **options)
+        assert isinstance(loaded.model.get_output_embeddings(), QuantizedLinear)
+        return [answer.token_ids for answer in loaded.generate(PROMPTS, LIMITS)]
+
+    assert tokens("int8+kv_cache") == tokens("int8")
+    assert tokens("int8+kv_cache", random_weights=True) == tokens("int8", random_weights=True)
+
+
 def test_a_checkpoint_with_a_packed_head_is_another():
     saved = packed_config("int8-head8").to_dict()
     check_unquantized(saved, "int8-head8", "here")

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..cache_utils import StaticTreeCache
 from ..integrations.packed_linear import pack_linears
+from ..integrations.repacked_int4 import repack_linears
 from .decode_step import DecodeState, StepOutput, decode_step
 from .draft_sources import DraftSource, OracleSource, StreamSource
 from .graph_runner import GraphRunner, geometry_of, runner_for, uncaptured_reason
@@ -158,6 +159,7 @@ class EagerRun(DecodeRun):
     def prepare(self) -> None:
         """Lets a CPU's linear layers keep their weights packed."""
         pack_linears(self.model)
+        repack_linears(self.model)
 
     def prefill(self) -> None:
         """Runs the prompts, picks each sequence's first token and leaves the streams' states for the first draft."""

@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList
 
 from ..cache_utils import StaticTreeCache
 from ..integrations.packed_linear import pack_linears
+from ..integrations.repacked_int4 import repack_linears
 from .decode_step import DecodeState, decode_step
 from .draft_sources import StreamSource
 from .step_record import PhaseTimer
@@ -66,6 +67,7 @@ def eager_step_seconds(model, plans: Sequence[DraftPlan], context: int, batch: i
         batch: sequences.
     """
     pack_linears(model)
+    repack_linears(model)
     deepest = max(plan.shape.depth for plan in plans)
     rows = max(plan.shape.rows for plan in plans)
     cache = StaticTreeCache.for_model(model, batch, context + deepest + 1, rows)

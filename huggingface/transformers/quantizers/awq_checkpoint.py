@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from .configuration import METHOD, PLAIN
-from .packing import WeightFormat, pack
+from .packing import RUN, WeightFormat, pack, runs
 
 AWQ = "awq"
 """Upstream's `quant_method` of the format."""
@@ -92,9 +92,11 @@ def quantized_layers(
         ValueError: a tensor is missing or of another shape or dtype, or a layer is quantised that we keep as it is.
     """
     found = headers(files)
-    quantized = {key.removesuffix(".qweight") for key in found if key.endswith(".qweight")}
-    here = {name: next((own for own in (name, name.removeprefix(prefix + ".")) if own in quantized), None)
-            for name in layers}  # fmt: skip
+    quantized = {key.rpartition(".")[0] for key in found if key.rpartition(".")[2] in PARTS}
+    here = {}
+    for name in layers:
+        names = (name, name.removeprefix(f"{prefix}."))
+        here[name] = next((own for own in names if own in quantized), None)
     stray = sorted(quantized - set(here.values()))
     if stray:
         raise ValueError(
@@ -102,7 +104,7 @@ def quantized_layers(
             "use a checkpoint of this architecture that keeps the LM head as it is."
         )
     if not quantized:
-        raise ValueError("config.json says AWQ, but no file holds a qweight; restore the checkpoint.")
+        raise ValueError("config.json says AWQ, but no file holds a packed layer; restore the checkpoint.")
     for name, own in here.items():
         if own is not None:
             _check_layer(own, found, layers[name], size, layout)
@@ -190,9 +192,14 @@ def unpacked(parts: Mapping[str, torch.Tensor], size: int, layout: str) -> dict[
     scales = parts["scales"]
     if layout == "gemm":
         numbers, zeros, scales = numbers.t(), zeros.t(), scales.t()
-    groups = numbers.shape[1] // size
+    inner = numbers.shape[1]
+    filling, groups = runs(inner) * RUN - inner, inner // size
+    scales, zeros = (
+        torch.nn.functional.pad(part[:, :groups], (0, filling // size)) for part in (scales, zeros)
+    )
+    numbers = torch.nn.functional.pad(numbers, (0, filling))
     return {
-        "weight": pack(numbers.contiguous(), size),
-        "weight_scale": scales[:, :groups].contiguous(),
-        "weight_zero": zeros[:, :groups].contiguous(),
+        "weight": pack(numbers),
+        "weight_scale": scales.contiguous(),
+        "weight_zero": zeros.contiguous(),
     }

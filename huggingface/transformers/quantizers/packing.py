@@ -127,13 +127,10 @@ def dequantize(
     scale = tensors["weight_scale"].float()
     if kind.bits == 8:
         return (tensors["weight"].float() * scale).to(dtype)
-    numbers = unpack(tensors["weight"])[:, :inner].float()
-    zero = tensors["weight_zero"].float() if kind.zero_point else torch.full_like(scale, MIDDLE_INT4)
-    if kind.group_size:
-        scale, zero = (
-            part.repeat_interleave(kind.group_size, dim=1)[:, :inner].contiguous() for part in (scale, zero)
-        )
-    return ((numbers - zero) * scale).to(dtype)
+    numbers = unpack(tensors["weight"]).float()
+    numbers = numbers.view(*scale.shape, -1)  # (out, groups, inputs of a group)
+    zero = tensors["weight_zero"].float()[..., None] if kind.zero_point else MIDDLE_INT4
+    return numbers.sub_(zero).mul_(scale[..., None]).flatten(1)[:, :inner].to(dtype).contiguous()
 
 
 def pack(numbers: torch.Tensor) -> torch.Tensor:

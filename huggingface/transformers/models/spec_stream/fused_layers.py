@@ -89,8 +89,9 @@ def _unfused_layer(layer: nn.Module, names: LayerNames) -> str | None:
     linears = (*names.projections, names.output, *names.expand, names.contract)
     for name in linears:
         # Packed ones, in a model that has run on a CPU, keep their weight as it was.
-        if type(layer.get_submodule(name)) not in (*PACKED.keys(), *PACKED.values(), QuantizedLinear):
-            return f"{name} is a {type(layer.get_submodule(name)).__name__}, which no fused product reads"
+        module = layer.get_submodule(name)
+        if type(module) not in (*PACKED, *PACKED.values()) and not isinstance(module, QuantizedLinear):
+            return f"{name} is a {type(module).__name__}, which no fused product reads"
     for group in (names.projections, names.expand):
         if len({getattr(layer.get_submodule(name), "kind", None) for name in group}) > 1:
             return f"{' and '.join(group)} are stored in different formats, and one product reads them all"

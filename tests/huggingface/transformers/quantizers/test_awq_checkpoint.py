@@ -21,7 +21,7 @@ from transformers import (
 from huggingface.transformers.integrations.quantized_linear import QuantizedLinear
 from huggingface.transformers.models.spec_stream import load_streaming
 from huggingface.transformers.quantizers import awq_checkpoint, quantizer
-from huggingface.transformers.quantizers.awq_checkpoint import translate_config
+from huggingface.transformers.quantizers.awq_checkpoint import PARTS, translate_config
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from huggingface.transformers.quantizers.packing import WeightFormat
 from tests.huggingface.transformers.quantizers.awq_writer import (
@@ -174,15 +174,16 @@ UP = "model.layers.1.mlp.up_proj"
     [
         (lambda found: found.pop(f"{UP}.scales"), f"has no {UP}.scales"),
         (lambda found: found.pop(f"{UP}.qzeros"), f"has no {UP}.qzeros"),
+        (lambda found: found.pop(f"{UP}.qweight"), f"has no {UP}.qweight"),
         (lambda found: found.update({f"{UP}.qweight": found[f"{UP}.qweight"][:32].clone()}), r"expected I32 \(64, 12\)"),
         (lambda found: found.update({f"{UP}.scales": found[f"{UP}.scales"].float()}), r"scales is F32 \(2, 96\), expected F16"),
         (lambda found: found.update({"lm_head.qweight": torch.zeros(64, 1, dtype=torch.int32)}), "packs lm_head"),
         (
-            lambda found: [found.pop(name) for name in list(found) if name.endswith("qweight")],
-            "no file holds a qweight",
+            lambda found: [found.pop(name) for name in list(found) if name.endswith(PARTS)],
+            "no file holds a packed layer",
         ),
     ],
-    ids=["no scales", "no zeros", "wrong shape", "wrong dtype", "head", "nothing packed"],
+    ids=["no scales", "no zeros", "no numbers", "wrong shape", "wrong dtype", "head", "nothing packed"],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_told_before_any_tensor(change, message, plain, tmp_path, monkeypatch):
     place = write_awq(plain(), tmp_path / "awq")
