@@ -104,17 +104,19 @@ def _partition(
     packed = rows * (heads // kv_heads)
     # Sixteen rows are the least a tensor core multiplies. At few rows a step waits for memory, so many small programs are better
     # than few large ones; a long prompt computes, and rather shares its keys. (H200, 320 and 1,500 committed keys, heads of 128:
-    # 40 rows take 8.9 us in blocks of 16 and 15.4 us in blocks of 64; 160 rows 13.5 us in blocks of 32.)
-    block_rows = 16 if packed <= 64 else 32 if packed < 256 else 64
+    # 40 rows take 8.9 us in blocks of 16 and 15.4 us in blocks of 64. 224 rows, 400 keys: 13.1 us in blocks of 64 and 21.4 in
+    # blocks of 32 with heads of 128, but 10.2 in blocks of 32 with heads of 64.)
+    large = 128 if _padded(head_dim) > 64 else 256
+    block_rows = 16 if packed <= 64 else 32 if packed < large else 64
     if itemsize == 4 and _padded(head_dim) > 64:
         # Float32 has no tensor core and keeps whole operands in registers.
         block_rows = min(block_rows, 32)
     row_blocks = -(-packed // block_rows)
-    # Merging the parts of a block is one program's work; with large blocks it outweighs a second wave.
-    waves = 3 if block_rows < 64 else 1
+    # Merging the parts of a block is one program's work: large blocks want fewer programs and more keys in a part.
+    waves, keys = (3, KEYS_PER_SPLIT) if block_rows < 64 else (2, 4 * KEYS_PER_SPLIT)
     room = waves * _processors(device) // (batch * kv_heads * row_blocks)
     # A power of two keeps the number of compiled variants small when the number of rows varies (prefill).
-    parts = 1 << (max(1, min(room, slots // KEYS_PER_SPLIT + 1)).bit_length() - 1)
+    parts = 1 << (max(1, min(room, slots // keys + 1)).bit_length() - 1)
     return _Partition(block_rows, row_blocks, parts)
 
 
@@ -128,8 +130,10 @@ def _tiles(block_rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int
     if block_rows == 32:
         # Two warps are 7 % faster, but spill with heads of more than 64.
         return 32, 2 if width <= 64 else 4, 3
+    if block_rows == 64 and width > 64:
+        return 32, 4, 3
     # Three stages of keys and values fit the 99 KB of sm_86 up to a width of 64.
-    return 64, 8 if block_rows == 64 and width > 64 else 4, 3 if width <= 64 else 2
+    return 64, 4, 3 if width <= 64 else 2
 
 
 @dataclass(frozen=True)
