@@ -26,5 +26,5 @@ def test_a_configuration_makes_a_model_of_its_size(name):
     with torch.device("meta"):
         model = model_from_file(flags, read_model_file(path), Tokenizer())
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(SIZES[name], rel=0.1)
-    assert model.config.streams == 4
+    assert model.config.streams == 6
     assert model.config.stream_layers >= model.config.num_hidden_layers / 4

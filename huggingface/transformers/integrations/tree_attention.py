@@ -104,7 +104,7 @@ def _partition(
     packed = rows * (heads // kv_heads)
     # Sixteen rows are the least a tensor core multiplies. At few rows a step waits for memory, so many small programs are better
     # than few large ones; a long prompt computes, and rather shares its keys. (H200, 320 and 1,500 committed keys, heads of 128:
-    # 40 rows take 8.9 us in blocks of 16 and 15.4 us in blocks of 64. 224 rows, 400 keys: 13.1 us in blocks of 64 and 21.4 in
+    # 40 rows take 8.9 us in blocks of 16 and 15.4 us in blocks of 64. 224 rows, 400 keys: 13.9 us in blocks of 64 and 21.4 in
     # blocks of 32 with heads of 128, but 10.2 in blocks of 32 with heads of 64.)
     large = 128 if _padded(head_dim) > 64 else 256
     block_rows = 16 if packed <= 64 else 32 if packed < large else 64
