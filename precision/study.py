@@ -231,7 +231,7 @@ def _measure_plans(
     plan = planning.plan(groups, chosen[options.budget], default) | {
         "budget": options.budget,
         "bytes": own["bytes"],
-        "default_bytes": points[0]["bytes"],
+        "default_bytes": round(own["bytes"] / own["times"]),
         "expected_nll_change": planning.expected_change(groups, chosen[options.budget]),
         "perplexity_ratio": own["perplexity_ratio"],
     }
