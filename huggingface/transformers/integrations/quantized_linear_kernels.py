@@ -151,19 +151,12 @@ def _prefetch(pointers):
 
 
 @jit
-def _prefetch_share(
-    weight_ptr, scale_ptr, output, length, groups, start, past, share_start, share_past, GROUPED: tl.constexpr
-):
-    """Asks for the first 512 bytes of the weights of (columns,) outputs from element `start`, and for their scales."""
-    LINE: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+def _lines(pointer, outputs, length, start, past, COUNT: tl.constexpr):
+    """Returns pointers to the first few cache lines of elements `start` to `past` of outputs that have `length` elements."""
+    LINE: tl.constexpr = 128 // (pointer.dtype.element_ty.primitive_bitwidth // 8)
     # Clamped instead of masked: the instruction takes no mask.
-    line = tl.minimum(start + tl.arange(0, 4) * LINE, past - 1)
-    _prefetch(weight_ptr + output.to(tl.int64)[:, None] * length + line[None, :])
-    if GROUPED:
-        line = tl.minimum(share_start + tl.arange(0, 2) * 64, share_past - 1)
-        _prefetch(scale_ptr + output[:, None] * groups + line[None, :])
-    else:
-        _prefetch(scale_ptr + output)
+    line = tl.minimum(start + tl.arange(0, COUNT) * LINE, past - 1)
+    return pointer + outputs.to(tl.int64)[:, None] * length + line[None, :]
 
 
 @jit(do_not_specialize=["rows", "splits"])  # so that one compilation serves every number
@@ -171,13 +164,14 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
     input_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, partial_ptr, arrival_ptr,
     rows, columns, inner, runs, splits,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DIVIDED: tl.constexpr, TOGETHER: tl.constexpr, PARTS: tl.constexpr,
-    BITS: tl.constexpr, PAIRED: tl.constexpr, ZERO: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, PAIRED: tl.constexpr, ZERO: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of outputs; the runs are divided among `splits` programs, and the last to arrive adds up in order.
 
-    `weight_ptr` holds int16 words, or bytes at 8 bits where not `PAIRED`. `MASKED`: outputs or inputs do not divide into blocks and runs. `PARTS`:
-    groups in a run. `TOGETHER`: partial sums of how many programs are on their way at once.
+    `weight_ptr` holds int16 words, or bytes at 8 bits where not `PAIRED`. `MASKED`: outputs or inputs do not divide into blocks
+    and runs. `PARTS`: groups in a run. `TOGETHER`: partial sums of how many programs are on their way at once.
     """
     release_dependents(PDL)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -198,17 +192,15 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
     weights = weight_ptr + column.to(tl.int64)[:, None] * length + stretch[None, :]
     factors = weight_ptr + (column + columns).to(tl.int64)[:, None] * length + stretch[None, :]
     if PDL and PACKED and (BITS == 4 or PAIRED):
-        known = tl.minimum(column, columns - 1)
-        first_run = tl.minimum(start, runs - 1)
-        ends = tl.maximum(past, first_run + 1)
-        _prefetch_share(
-            weight_ptr, scale_ptr, known, length, groups, first_run * WIDTH, ends * WIDTH, first_run * PARTS, ends * PARTS, GROUPED
-        )  # fmt: skip
-        if GATED:
-            _prefetch_share(
-                weight_ptr, scale_ptr, known + columns, length, groups, first_run * WIDTH, ends * WIDTH, first_run * PARTS,
-                ends * PARTS, GROUPED,
-            )  # fmt: skip
+        begin = tl.minimum(start, runs - 1)
+        end = tl.maximum(past, begin + 1)
+        for half in tl.static_range(2 if GATED else 1):
+            known = tl.minimum(column, columns - 1) + half * columns
+            _prefetch(_lines(weight_ptr, known, length, begin * WIDTH, end * WIDTH, 4))
+            if GROUPED:
+                _prefetch(_lines(scale_ptr, known, groups, begin * PARTS, end * PARTS, 2))
+            else:
+                _prefetch(scale_ptr + known)
     wait_for_inputs(PDL)
     for run in range(start, past):
         at = run * 128 + stretch
@@ -263,7 +255,9 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
                 theirs = partial_ptr + (tile * splits + other) * width
                 total += tl.load(theirs + cell, mask=rows_in[:, None], other=0.0, cache_modifier=".cg")
                 if GATED:
-                    factor += tl.load(theirs + size + cell, mask=rows_in[:, None], other=0.0, cache_modifier=".cg")
+                    factor += tl.load(
+                        theirs + size + cell, mask=rows_in[:, None], other=0.0, cache_modifier=".cg"
+                    )
     if complete:
         if not GROUPED:
             total *= tl.load(scale_ptr + column, mask=valid, other=0.0)[None, :]
