@@ -59,9 +59,9 @@ SHOWN = 3
 """Tiles of a product that are reported, the fastest first."""
 TILES = {
     1: [(8, 64, 4, 4)],
-    16: [(16, 64, 2, 4), (16, 64, 4, 4), (16, 32, 2, 4)],
+    16: [(16, 64, 2, 4), (16, 64, 4, 6), (16, 64, 4, 4), (16, 32, 2, 4)],
     32: [(32, 64, 2, 4), (32, 64, 4, 4), (32, 128, 4, 4), (32, 128, 8, 3)],
-    64: [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 2, 4), (64, 128, 4, 3), (64, 128, 8, 3)],
+    64: [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (64, 128, 8, 3)],
     128: [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 8, 3)],
 }
 """For each number of rows, rows, columns, warps and stages of the tiles on the tensor cores that are tried."""
@@ -100,7 +100,11 @@ def row_candidates(product: Product) -> Iterator[RowTile]:
 def rows_candidates(product: Product) -> Iterator[RowsTile]:
     """Yields tiles of the kernel on the tensor cores."""
     for rows, columns, warps, stages in TILES[min(product.rows, 128)]:
-        if product.gated and rows * columns > 1024 * warps and rows > 16:
+        if (
+            product.gated
+            and rows > 16
+            and (warps == 2 or rows * columns > 1024 * warps or warps * 32 == columns)
+        ):
             continue  # spills
         tiles = -(-product.columns // columns) * -(-product.rows // rows)
         most = max(1, min(MOST_PROGRAMS // tiles, runs(product.inner) // 2))

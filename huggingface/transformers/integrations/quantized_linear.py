@@ -272,6 +272,7 @@ def _launch_rows(
         BLOCK_COLUMNS=tile.columns,
         DIVIDED=tile.splits > 1,
         TOGETHER=4 if cells <= 1024 * tile.warps else 1,
+        JOIN=tile.warps % 4 == 0 and tile.columns % 64 == 0,
         PAIRED=paired,
         MASKED=columns % tile.columns != 0 or weight.inner % RUN != 0,
         PACKED=not interpreting(),

@@ -151,6 +151,26 @@ def _prefetch(pointers):
 
 
 @jit
+def _add_joined(total, words, inputs, scale, BITS: tl.constexpr, PACKED: tl.constexpr):
+    """Returns (columns, rows) totals with the scaled products of a run added, in one go with its (128, rows) inputs.
+
+    In the layout that Hopper's tensor cores take weights in, joining the fields renames registers. At 8 bits as well the sum is
+    scaled after every run: a product that starts from a total would be cut in parts, each of them waited for.
+    """
+    BRAIN: tl.constexpr = inputs.dtype == tl.bfloat16
+    if BITS == 4:
+        earlier = tl.join(_nibbles(words, 0, BRAIN, PACKED), _nibbles(words, 1, BRAIN, PACKED))
+        later = tl.join(_nibbles(words, 2, BRAIN, PACKED), _nibbles(words, 3, BRAIN, PACKED))
+        numbers = tl.permute(tl.join(earlier, later), (0, 3, 2, 1))
+    else:
+        numbers = tl.permute(
+            tl.join(_bytes(words, 0, BRAIN, PACKED), _bytes(words, 1, BRAIN, PACKED)), (0, 2, 1)
+        )
+    numbers = tl.reshape(numbers, (words.shape[0], 128))
+    return total + tl.dot(numbers, inputs) * scale.to(tl.float32)[:, None]
+
+
+@jit
 def _lines(pointer, outputs, length, start, past, COUNT: tl.constexpr):
     """Returns pointers to the first few cache lines of elements `start` to `past` of outputs that have `length` elements."""
     LINE: tl.constexpr = 128 // (pointer.dtype.element_ty.primitive_bitwidth // 8)
@@ -163,15 +183,16 @@ def _lines(pointer, outputs, length, start, past, COUNT: tl.constexpr):
 def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     input_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, partial_ptr, arrival_ptr,
     rows, columns, inner, runs, splits,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DIVIDED: tl.constexpr, TOGETHER: tl.constexpr, PARTS: tl.constexpr,
-    BITS: tl.constexpr, PAIRED: tl.constexpr, ZERO: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr,
-    PACKED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DIVIDED: tl.constexpr, TOGETHER: tl.constexpr, JOIN: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr, ZERO: tl.constexpr, GROUPED: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of outputs; the runs are divided among `splits` programs, and the last to arrive adds up in order.
 
     `weight_ptr` holds int16 words, or bytes at 8 bits where not `PAIRED`. `MASKED`: outputs or inputs do not divide into blocks
-    and runs. `PARTS`: groups in a run. `TOGETHER`: partial sums of how many programs are on their way at once.
+    and runs. `PARTS`: groups in a run. `TOGETHER`: partial sums of how many programs are on their way at once. `JOIN`: where
+    Hopper's tensor cores take the tile and a run has one group, it is multiplied in one go.
     """
     release_dependents(PDL)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -188,6 +209,7 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
     groups = runs * PARTS if GROUPED else 1
     WIDTH: tl.constexpr = 32 if BITS == 4 else (64 if PAIRED else 128)
     length = runs * WIDTH if BITS == 4 or PAIRED else inner
+    JOINED: tl.constexpr = JOIN and (PDL or not PACKED) and PARTS == 1 and not ZERO and (BITS == 4 or PAIRED)
     stretch = tl.arange(0, WIDTH)
     weights = weight_ptr + column.to(tl.int64)[:, None] * length + stretch[None, :]
     factors = weight_ptr + (column + columns).to(tl.int64)[:, None] * length + stretch[None, :]
@@ -199,13 +221,27 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
             _prefetch(_lines(weight_ptr, known, length, begin * WIDTH, end * WIDTH, 4))
             if GROUPED:
                 _prefetch(_lines(scale_ptr, known, groups, begin * PARTS, end * PARTS, 2))
-            else:
+            elif not JOINED:
                 _prefetch(scale_ptr + known)
+    if JOINED and not GROUPED:
+        scale = _columns(scale_ptr + column, valid, MASKED)
+        if GATED:
+            factor_scale = _columns(scale_ptr + column + columns, valid, MASKED)
     wait_for_inputs(PDL)
     for run in range(start, past):
-        at = run * 128 + stretch
+        at = run * 128 + (tl.arange(0, 128) if JOINED else stretch)
         first = _inputs(inputs, at, inner, rows_in[None, :], MASKED)
-        if BITS == 4:
+        if JOINED:
+            words = _columns(weights + run * WIDTH, valid[:, None], MASKED)
+            if GROUPED:
+                scale = _columns(scale_ptr + column * groups + run, valid, MASKED)
+            total = _add_joined(total, words, first, scale, BITS, PACKED)
+            if GATED:
+                words = _columns(factors + run * WIDTH, valid[:, None], MASKED)
+                if GROUPED:
+                    factor_scale = _columns(scale_ptr + (column + columns) * groups + run, valid, MASKED)
+                factor = _add_joined(factor, words, first, factor_scale, BITS, PACKED)
+        elif BITS == 4:
             second = _inputs(inputs, at + 32, inner, rows_in[None, :], MASKED)
             third = _inputs(inputs, at + 64, inner, rows_in[None, :], MASKED)
             fourth = _inputs(inputs, at + 96, inner, rows_in[None, :], MASKED)
@@ -259,7 +295,7 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
                         theirs + size + cell, mask=rows_in[:, None], other=0.0, cache_modifier=".cg"
                     )
     if complete:
-        if not GROUPED:
+        if not (GROUPED or JOINED):
             total *= tl.load(scale_ptr + column, mask=valid, other=0.0)[None, :]
             if GATED:
                 factor *= tl.load(scale_ptr + column + columns, mask=valid, other=0.0)[None, :]

@@ -10,8 +10,8 @@ input h of each, the first quarter in the lowest bits::
     input of the run   h          32 + h     64 + h     96 + h
 
 So a kernel takes consecutive inputs out of consecutive words, two at a time with one instruction, and never interleaves. An
-output's last run is filled up with weights of zero, whose groups have scales like others. 8-bit numbers lie alike, input h of a
-run and input 64 + h in the two bytes of word h; nothing is filled up, and inputs that are not whole runs lie in order.
+output's last run is filled up with weights of zero, whose groups have scales like others. 8-bit numbers lie alike: word h of 64
+holds inputs h and 64 + h of a run. Nothing is filled up there, and inputs that are not whole runs lie in order.
 """
 
 from __future__ import annotations
