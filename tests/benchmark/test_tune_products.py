@@ -57,10 +57,13 @@ def test_the_report_holds_the_fastest():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tile", [RowTile(4, 8, 1, False), RowsTile(16, 32, 2, 4, 3)])
-def test_a_tile_computes_the_product(tile, gated):
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    "tile", [RowTile(4, 8, 1, False), RowsTile(16, 32, 2, 4, 3), RowsTile(16, 64, 2, 4, 3)]
+)
+def test_a_tile_computes_the_product(tile, gated, kind):
     pytest.importorskip("triton")
-    weight = QuantizedWeight.of(torch.randn(64, 256) / 16, FORMATS["int4"])
+    weight = QuantizedWeight.of(torch.randn(64, 256) / 16, FORMATS[kind])
     rows = torch.randn(1, 1, 256).half()
     expected = quantized_linear_reference(rows, weight, activation="silu" if gated else None, gated=gated)
     torch.testing.assert_close(run_tile(tile, rows, weight, gated), expected, atol=4e-3, rtol=4e-3)
