@@ -134,7 +134,7 @@ def default_tile(product: Product) -> Tile:
         wide = 8 if product.outputs >= 8192 else 4
         threads = next(count for count in (128, 64, 32) if count <= max(32, product.pieces))
         return RowTile(wide // half, threads, threads // 32, False)
-    rows = next((most for most in (16, 32, 64) if product.rows <= most), 64 if product.gated else 128)
+    rows = next((most for most in (16, 32) if product.rows <= most), 64)
     tiles = -(-product.columns // 64) * -(-product.rows // rows)
     splits = 1
     while tiles * splits < PROGRAMS and splits < MOST_SPLITS and 2 * splits <= runs(product.inner):
