@@ -2,10 +2,11 @@
 
     python -m benchmark.tune_products --output huggingface/transformers/integrations/quantized_linear_tiles.json
 
-For every product of the published decoders of `product_times`, every format and number of rows, it times what
-:func:`candidates` names, in a graph over copies of a weight that together exceed the second-level cache. A candidate whose result
-is off is dropped and named. The fastest goes into the file under the device's name; entries of other devices stay. Beside the
-file, `.md` has the times and `.timings.json` those of every candidate. Kernels are compiled in processes of their own meanwhile.
+For every product of the published decoders of `product_times`, or of the models that `--models` names, every format and number of
+rows, it times what :func:`candidates` names, in a graph over copies of a weight that together exceed the second-level cache. A
+candidate whose result is off is dropped and named. The fastest goes into the file under the device's name; entries of other
+devices stay. Beside the file, `.md` has the times and `.timings.json` those of every candidate. Kernels are compiled in processes
+of their own meanwhile.
 """
 
 from __future__ import annotations
@@ -41,10 +42,29 @@ from huggingface.transformers.integrations.quantized_linear_tiles import (
 from huggingface.transformers.integrations.skinny_linear import ACTIVATIONS
 from huggingface.transformers.quantizers.packing import WeightFormat, runs
 
-TIMED_ROWS = {1: (1,), 16: (16,), 32: (32,), 64: (33, 64)}
+TUNABLE = {
+    **SHAPES,
+    "gpt_neo_1.3b": {
+        "qkv": Shape(6144, 2048), "out": Shape(2048, 2048), "up": Shape(8192, 2048), "down": Shape(2048, 8192),
+    },
+    "gpt2": {"qkv": Shape(2304, 768), "out": Shape(768, 768), "up": Shape(3072, 768), "down": Shape(768, 3072)},
+}  # fmt: skip
+"""Products by model; GPT-Neo-125M has the same as GPT-2."""
+TIMED_ROWS = {1: (1,), 16: (16,), 32: (32,), 64: (33, 64), 128: (112,), 256: (224,)}
 """For each number of rows that tiles are chosen for, those that are timed; the least sum is chosen."""
-FEWEST_PROGRAMS, MOST_PROGRAMS = 100, 1100
+FEWEST_PROGRAMS, MOST_PROGRAMS = 100, 600
 """Programs of a product whose runs are divided: fewer leave multiprocessors idle, more only add partial sums."""
+MOST_COPIES = 128
+SHOWN = 3
+"""Tiles of a product that are reported, the fastest first."""
+TILES = {
+    1: [(8, 64, 4, 4)],
+    16: [(16, 64, 2, 4), (16, 64, 4, 6), (16, 64, 4, 4), (16, 32, 2, 4)],
+    32: [(32, 64, 2, 4), (32, 64, 4, 4), (32, 128, 4, 4), (32, 128, 8, 3)],
+    64: [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (64, 128, 8, 3)],
+    128: [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 8, 3)],
+}
+"""For each number of rows, rows, columns, warps and stages of the tiles on the tensor cores that are tried."""
 
 
 @dataclass
@@ -79,28 +99,18 @@ def row_candidates(product: Product) -> Iterator[RowTile]:
 
 def rows_candidates(product: Product) -> Iterator[RowsTile]:
     """Yields tiles of the kernel on the tensor cores."""
-    if product.rows == 1:
-        shapes = [(8, 64, 4, 4), (16, 64, 4, 4), (16, 64, 2, 4)]
-    elif product.rows <= 16:
-        shapes = [(16, 64, 4, 3), (16, 64, 4, 5), (16, 64, 2, 4), (16, 128, 4, 4), (16, 128, 8, 4)]
-    elif product.rows <= 32:
-        shapes = [(32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 2, 4), (32, 128, 4, 3), (32, 128, 8, 3)]
-    else:
-        shapes = [
-            (64, 64, 4, 3),
-            (64, 64, 4, 4),
-            (64, 128, 8, 3),
-            (64, 128, 4, 3),
-            (64, 128, 8, 4),
-            (32, 128, 8, 3),
-        ]
-    for rows, columns, warps, stages in shapes:
-        if product.gated and columns == 128 and warps == 4:
+    for rows, columns, warps, stages in TILES[min(product.rows, 128)]:
+        if (
+            product.gated
+            and rows > 16
+            and (warps == 2 or rows * columns > 1024 * warps or warps * 32 == columns)
+        ):
             continue  # spills
         tiles = -(-product.columns // columns) * -(-product.rows // rows)
-        for splits in (1, 2, 4, 8):
-            fits = FEWEST_PROGRAMS <= tiles * splits <= MOST_PROGRAMS and 2 * splits <= runs(product.inner)
-            if fits or (splits == 1 and tiles > MOST_PROGRAMS):
+        most = max(1, min(MOST_PROGRAMS // tiles, runs(product.inner) // 2))
+        possible = [splits for splits in (1, 2, 4, 8) if splits <= most]
+        for splits in possible:
+            if tiles * splits >= FEWEST_PROGRAMS or splits == possible[-1]:
                 yield RowsTile(rows, columns, splits, warps, stages)
 
 
@@ -117,7 +127,7 @@ def products(models: Sequence[str]) -> Iterator[tuple[str, str, Shape]]:
     """Yields model, part and shape of every different product."""
     seen = set()
     for model in models:
-        for part, shape in SHAPES[model].items():
+        for part, shape in TUNABLE[model].items():
             if shape not in seen:
                 seen.add(shape)
                 yield model, part, shape
@@ -177,7 +187,7 @@ def tune_format(
     exact_weight, plain_weight = weight.dense(torch.float32), weight.dense(torch.bfloat16)
     copies = [weight] + [
         QuantizedWeight(kind, shape.inner, weight.weight.clone(), weight.scale.clone())
-        for _ in range(2 * cache_bytes // stored)
+        for _ in range(min(MOST_COPIES, 2 * cache_bytes // stored))
     ]
     for most, counts in TIMED_ROWS.items():
         product = Product(kind, most, shape.outputs, shape.inner, shape.gated)
@@ -191,7 +201,7 @@ def tune_format(
             )
             for count, rows in given.items()
         }
-        best: tuple[float, Tile | None] = (float("inf"), None)
+        before = len(tuning.timings)
         for tile in candidates(product):
             if perf_counter() > tuning.deadline:
                 tuning.skipped += 1
@@ -216,11 +226,20 @@ def tune_format(
                     "gated": shape.gated, "bytes": stored, "tile": asdict(tile), "s": seconds,
                 }
             )  # fmt: skip
-            best = min(best, (sum(seconds.values()), tile), key=lambda pair: pair[0])
         base = sum(tuning.baseline[shape.outputs, shape.inner, count] for count in counts)
-        say(
-            f"{name} {' '.join(product.keys)}: {base / best[0]:.2f} of bf16, {best[0] / len(counts) * 1e6:.1f} us, {best[1]}"
-        )
+        for timing in sorted(tuning.timings[before:], key=total)[:SHOWN]:
+            say(f"{name} {' '.join(product.keys)}: {base / total(timing):.2f} of bf16, {described(timing)}")
+
+
+def total(timing: dict[str, Any]) -> float:
+    """Returns a candidate's seconds for all numbers of rows."""
+    return sum(timing["s"].values())
+
+
+def described(timing: dict[str, Any]) -> str:
+    """Returns a candidate's microseconds for each number of rows and its tile in words."""
+    times = " + ".join(f"{seconds * 1e6:.1f}" for seconds in timing["s"].values())
+    return f"{times} us: {', '.join(f'{name} {value}' for name, value in timing['tile'].items())}"
 
 
 def finished(output: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -234,7 +253,7 @@ def finished(output: torch.Tensor, gated: bool) -> torch.Tensor:
 def time_baseline(tuning: Tuning, shape: Shape, device: torch.device, cache_bytes: int) -> None:
     """Times the half-precision product of a shape."""
     weight = torch.randn(shape.outputs, shape.inner, device=device, dtype=torch.bfloat16)
-    copies = [weight] + [weight.clone() for _ in range(2 * cache_bytes // weight.nbytes)]
+    copies = [weight] + [weight.clone() for _ in range(min(MOST_COPIES, 2 * cache_bytes // weight.nbytes))]
     calls = [lambda rows, w=one: F.linear(rows, w) for one in copies]
     for count in (count for counts in TIMED_ROWS.values() for count in counts):
         rows = torch.randn(1, count, shape.inner, device=device, dtype=torch.bfloat16)
@@ -247,20 +266,18 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def fastest(tuning: Tuning) -> list[dict[str, Any]]:
-    """Returns the fastest timing of each product, format and rows."""
-    best: dict[tuple, dict[str, Any]] = {}
+def fastest(tuning: Tuning) -> list[list[dict[str, Any]]]:
+    """Returns the fastest few timings of each product, format and rows, the fastest first."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for timing in tuning.timings:
-        key = tuple(timing[part] for part in ("name", "format", "rows"))
-        if key not in best or sum(timing["s"].values()) < sum(best[key]["s"].values()):
-            best[key] = timing
-    return list(best.values())
+        groups.setdefault(tuple(timing[part] for part in ("name", "format", "rows")), []).append(timing)
+    return [sorted(timings, key=total)[:SHOWN] for timings in groups.values()]
 
 
 def table(tuning: Tuning) -> dict[str, Any]:
     """Returns the fastest tiles as `quantized_linear_tiles.json` holds them for one device."""
     found: dict[str, Any] = {}
-    for timing in fastest(tuning):
+    for timing, *_ in fastest(tuning):
         gated = " gated" if timing["gated"] else ""
         rows = found.setdefault(timing["format"], {}).setdefault(str(timing["rows"]), {})
         rows[f"{timing['outputs']}x{timing['inner']}{gated}"] = timing["tile"]
@@ -270,8 +287,11 @@ def table(tuning: Tuning) -> dict[str, Any]:
 def report(tuning: Tuning, where: dict[str, Any]) -> str:
     """Returns the fastest tiles' times as Markdown."""
     groups: dict[tuple[str, int], list[float]] = {}
-    lines = []
-    for timing in fastest(tuning):
+    lines, others = [], []
+    for timing, *rest in fastest(tuning):
+        if rest:
+            several = "; ".join(map(described, rest))
+            others.append(f"| {timing['name']} | {timing['format']} | {timing['rows']} | {several} |")
         for count, seconds in timing["s"].items():
             base = tuning.baseline[timing["outputs"], timing["inner"], count]
             groups.setdefault((timing["format"], count), []).append(base / seconds)
@@ -290,7 +310,8 @@ def report(tuning: Tuning, where: dict[str, Any]) -> str:
         "| product | format | rows | us | TB/s | bf16, us | ratio | tile |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
-    return "\n".join(head + lines) + "\n"
+    tail = ["", "| product | format | rows up to | the next fastest |", "| --- | --- | ---: | --- |", *others]
+    return "\n".join(head + lines + (tail if others else [])) + "\n"
 
 
 def tune(compilers: Compilers, models: Sequence[str], device: torch.device, seconds: float) -> Tuning:
@@ -319,9 +340,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=150, help="time to measure for [%(default)s]")
     flags = parser.parse_args(words)
     models = flags.models.split(",")
-    unknown = [model for model in models if model not in SHAPES]
+    unknown = [model for model in models if model not in TUNABLE]
     if unknown:
-        parser.error(f"--models knows {', '.join(SHAPES)}; got {unknown}.")
+        parser.error(f"--models knows {', '.join(TUNABLE)}; got {unknown}.")
     if triton_support.triton is None:
         parser.error("Triton is not installed.")
     with Compilers(len(os.sched_getaffinity(0))) as compilers:

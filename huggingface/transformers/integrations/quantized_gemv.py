@@ -59,13 +59,13 @@ def _weights(weight_ptr, place, valid, MASKED: tl.constexpr):
 def _inputs(row_ptr, piece, known, BITS: tl.constexpr, BRAIN: tl.constexpr, MASKED: tl.constexpr):
     """Returns the (pieces, 1, 4) float32 inputs of each field of a piece's words, in the order of the fields' places.
 
-    An element of `row_ptr` holds two inputs. At 4 bits what shares 16 bits lies 32 inputs apart.
+    An element of `row_ptr` holds two inputs. What shares 16 bits lies 32 inputs apart at 4 bits, 64 at 8.
     """
     word = tl.arange(0, 4)[None, None, :]
     if BITS == 8:
-        at = row_ptr + piece[:, None, None] * 8 + word * 2
-        first, second = _pair(_load(at, known[:, None, None], 0, MASKED), BRAIN)
-        third, fourth = _pair(_load(at + 1, known[:, None, None], 0, MASKED), BRAIN)
+        at = row_ptr + (piece // 8 * 64 + piece % 8 * 4)[:, None, None] + word
+        first, third = _pair(_load(at, known[:, None, None], 0, MASKED), BRAIN)
+        second, fourth = _pair(_load(at + 32, known[:, None, None], 0, MASKED), BRAIN)
         found = (first, second, third, fourth)
     else:
         at = row_ptr + (piece // 4 * 64 + piece % 4 * 4)[:, None, None] + word

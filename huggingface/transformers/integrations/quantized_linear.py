@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..quantizers.packing import RUN, WeightFormat, dequantize, quantize, runs
+from ..quantizers.packing import RUN, WeightFormat, dequantize, pair, quantize, runs
 from .fused_norm import add_norm
 from .quantized_gemv import quantized_row_kernel
 from .quantized_linear_kernels import quantized_rows_kernel
@@ -23,7 +23,7 @@ from .quantized_linear_tiles import Product, RowsTile, RowTile, choose_tile
 from .skinny_linear import ACTIVATIONS, DTYPES, arrivals, finish
 from .triton_support import interpreting, overlaps_launches, triton, unavailable
 
-MANY_ROWS = 64
+MANY_ROWS = 256
 """Rows above which the weights are read back and the vendor's library multiplies."""
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
@@ -188,13 +188,13 @@ def launch(
 def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     one = rows.numel() == rows.shape[-1]
     if weight.kind.bits == 8 and one and rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
-        flat = rows.reshape(1, -1)
+        flat = pair(rows.reshape(1, -1))
         product = torch._weight_int8pack_mm(flat, weight.weight, weight.scale[:, 0].to(rows.dtype))
         product = product.view(*rows.shape[:-1], -1)
         return product if bias is None else product + bias
     if weight.kind.bits == 8 and rows.dtype not in DTYPES:
         # Scales are fewer than weights: they multiply the outputs.
-        product = F.linear(rows, weight.weight.to(rows.dtype)) * weight.scale[:, 0].to(rows.dtype)
+        product = F.linear(pair(rows), weight.weight.to(rows.dtype)) * weight.scale[:, 0].to(rows.dtype)
         return product if bias is None else product + bias
     return F.linear(rows, weight.dense(rows.dtype), bias)
 
@@ -250,14 +250,16 @@ def _launch_rows(
 ) -> None:
     columns = output.shape[-1]
     count = rows.numel() // weight.inner
-    grid = (triton.cdiv(columns, tile.columns), tile.splits, triton.cdiv(count, tile.rows))
+    # Programs of one column tile follow each other: they share its weights.
+    grid = (triton.cdiv(count, tile.rows), triton.cdiv(columns, tile.columns), tile.splits)
+    paired = weight.kind.bits == 8 and weight.inner % RUN == 0
     partials = rows
+    cells = tile.rows * tile.columns * (2 if gated else 1)
     if tile.splits > 1:
-        cells = grid[0] * grid[1] * grid[2] * tile.rows * tile.columns * (2 if gated else 1)
-        partials = torch.empty(cells, dtype=torch.float32, device=rows.device)
+        partials = torch.empty(grid[0] * grid[1] * grid[2] * cells, dtype=torch.float32, device=rows.device)
     quantized_rows_kernel[grid](
         rows,
-        weight.weight if weight.kind.bits == 8 else weight.weight.view(torch.int16),
+        weight.weight.view(torch.int16) if paired or weight.kind.bits == 4 else weight.weight,
         *_epilogue(rows, weight, bias, residual, output),
         partials,
         arrivals(rows.device),
@@ -269,6 +271,9 @@ def _launch_rows(
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
         DIVIDED=tile.splits > 1,
+        TOGETHER=4 if cells <= 1024 * tile.warps else 1,
+        JOIN=tile.warps % 4 == 0 and tile.columns % 64 == 0,
+        PAIRED=paired,
         MASKED=columns % tile.columns != 0 or weight.inner % RUN != 0,
         PACKED=not interpreting(),
         num_warps=tile.warps,

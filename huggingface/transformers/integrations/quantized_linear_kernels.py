@@ -7,7 +7,11 @@ exponent makes its last bit worth one *are* a number plus a constant, which one 
 multiplied with the scale once.
 
 `packing.py` says how 4-bit weights lie: a run of 128 inputs is 32 words of 16 bits, and word h holds inputs h, 32 + h, 64 + h and
-96 + h. So each nibble, taken from a stretch of words, gives consecutive inputs. At 8 bits a run is 128 consecutive bytes.
+96 + h. So each nibble, taken from a stretch of words, gives consecutive inputs. At 8 bits word h of 64 holds inputs h and 64 + h;
+inputs that do not fill their last run are bytes in order.
+
+Programs of one column tile and different rows follow each other and find its weights in the second-level cache. Before a program
+waits for its inputs it asks for the first of its weights and scales to be brought there.
 """
 
 from __future__ import annotations
@@ -45,29 +49,24 @@ def _nibbles(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constex
 
 
 @jit
-def _signed(packed, BRAIN: tl.constexpr, PACKED: tl.constexpr):
-    """Returns the half-precision numbers of signed bytes; PACKED as for `_nibbles`."""
+def _bytes(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constexpr):
+    """Returns the half-precision numbers of one of the two signed bytes of int16 words; PACKED as for `_nibbles`."""
     if not PACKED:
-        result = packed.to(tl.float32).to(tl.bfloat16 if BRAIN else tl.float16)
-    elif BRAIN:
-        # The lower seven bits and 128, minus 128 or, where the sign bit raises the exponent, 256.
-        result = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, c, d, e; mov.b32 e, 0xBF80BF80;
-            prmt.b32 a, $2, 0, 0x4140; prmt.b32 b, $2, 0, 0x4342;
-            lop3.b32 c, a, 0x007F007F, 0x43004300, 0xEA; lop3.b32 a, a, 0x00800080, 0x43004300, 0xEA;
-            lop3.b32 d, b, 0x007F007F, 0x43004300, 0xEA; lop3.b32 b, b, 0x00800080, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $0, a, e, c; fma.rn.bf16x2 $1, b, e, d; }""",
-            "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
+        numbers = (((words >> (8 * PLACE)) & 255) ^ 128).to(tl.float32) - 128.0
+        result = numbers.to(tl.bfloat16 if BRAIN else tl.float16)
     else:
-        # 1024 and the byte with its sign turned over, minus 1152.
-        result = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, c, d; mov.b32 d, 0x64806480;
-            xor.b32 c, $2, 0x80808080; mov.b32 b, 0x64646464;
-            prmt.b32 a, c, b, 0x4140; prmt.b32 b, c, b, 0x4342;
-            sub.f16x2 $0, a, d; sub.f16x2 $1, b, d; }""",
-            "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4,
+        SHIFT: tl.constexpr = "mov.b32 t, $1;" if PLACE == 0 else "shr.u32 t, $1, 8;"
+        # The lower seven bits and 128, minus 128 or, where the sign bit raises the exponent, 256; or 1024 and the byte with its
+        # sign turned over, minus 1152.
+        END: tl.constexpr = (
+            "lop3.b32 u, t, 0x007F007F, 0x43004300, 0xEA; lop3.b32 t, t, 0x00800080, 0x43004300, 0xEA;"
+            "mov.b32 v, 0xBF80BF80; fma.rn.bf16x2 $0, t, v, u; }" if BRAIN else
+            "lop3.b32 t, t, 0x00FF00FF, 0x64806480, 0x6A; mov.b32 u, 0x64806480; sub.f16x2 $0, t, u; }"
         )  # fmt: skip
+        asm: tl.constexpr = "{ .reg .b32 t, u, v;" + SHIFT + END
+        result = tl.inline_asm_elementwise(
+            asm, "=r,r", [words], dtype=tl.bfloat16 if BRAIN else tl.float16, is_pure=True, pack=2
+        )
     return result
 
 
@@ -130,45 +129,122 @@ def _add_run4(
     return total if GROUPED else part
 
 
+@jit
+def _add_run8(total, words, first, second, PAIRED: tl.constexpr, PACKED: tl.constexpr):
+    """Returns (columns, rows) totals with the products of a run of bytes added; `second`: its later half where `PAIRED`."""
+    BRAIN: tl.constexpr = first.dtype == tl.bfloat16
+    if PAIRED:
+        total = tl.dot(_bytes(words, 0, BRAIN, PACKED), first, total)
+        total = tl.dot(_bytes(words, 1, BRAIN, PACKED), second, total)
+    else:
+        total = tl.dot(words.to(tl.float32).to(first.dtype), first, total)
+    return total
+
+
+@jit
+def _prefetch(pointers):
+    """Asks for the cache lines at pointers to be brought to the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64, bitcast=True)], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@jit
+def _add_joined(total, words, inputs, scale, BITS: tl.constexpr, PACKED: tl.constexpr):
+    """Returns (columns, rows) totals with the scaled products of a run added, in one go with its (128, rows) inputs.
+
+    In the layout that Hopper's tensor cores take weights in, joining the fields renames registers. At 8 bits as well the sum is
+    scaled after every run: a product that starts from a total would be cut in parts, each of them waited for.
+    """
+    BRAIN: tl.constexpr = inputs.dtype == tl.bfloat16
+    if BITS == 4:
+        earlier = tl.join(_nibbles(words, 0, BRAIN, PACKED), _nibbles(words, 1, BRAIN, PACKED))
+        later = tl.join(_nibbles(words, 2, BRAIN, PACKED), _nibbles(words, 3, BRAIN, PACKED))
+        numbers = tl.permute(tl.join(earlier, later), (0, 3, 2, 1))
+    else:
+        numbers = tl.permute(
+            tl.join(_bytes(words, 0, BRAIN, PACKED), _bytes(words, 1, BRAIN, PACKED)), (0, 2, 1)
+        )
+    numbers = tl.reshape(numbers, (words.shape[0], 128))
+    return total + tl.dot(numbers, inputs) * scale.to(tl.float32)[:, None]
+
+
+@jit
+def _lines(pointer, outputs, length, start, past, COUNT: tl.constexpr):
+    """Returns pointers to the first few cache lines of elements `start` to `past` of outputs that have `length` elements."""
+    LINE: tl.constexpr = 128 // (pointer.dtype.element_ty.primitive_bitwidth // 8)
+    # Clamped instead of masked: the instruction takes no mask.
+    line = tl.minimum(start + tl.arange(0, COUNT) * LINE, past - 1)
+    return pointer + outputs.to(tl.int64)[:, None] * length + line[None, :]
+
+
 @jit(do_not_specialize=["rows", "splits"])  # so that one compilation serves every number
 def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     input_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, partial_ptr, arrival_ptr,
     rows, columns, inner, runs, splits,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DIVIDED: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
-    ZERO: tl.constexpr, GROUPED: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DIVIDED: tl.constexpr, TOGETHER: tl.constexpr, JOIN: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr, ZERO: tl.constexpr, GROUPED: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of outputs; the runs are divided among `splits` programs, and the last to arrive adds up in order.
 
-    `weight_ptr` holds int16 words at 4 bits, bytes at 8. `MASKED`: outputs or inputs do not divide into blocks and runs. `PARTS`:
-    groups in a run.
+    `weight_ptr` holds int16 words, or bytes at 8 bits where not `PAIRED`. `MASKED`: outputs or inputs do not divide into blocks
+    and runs. `PARTS`: groups in a run. `TOGETHER`: partial sums of how many programs are on their way at once. `JOIN`: where
+    Hopper's tensor cores take the tile and a run has one group, it is multiplied in one go.
     """
     release_dependents(PDL)
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    split = tl.program_id(1)
-    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    split = tl.program_id(2)
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     share = tl.cdiv(runs, splits)
     start, past = split * share, tl.minimum((split + 1) * share, runs)
     valid = column < columns
-    rows_in = (row < rows)[None, :]
+    rows_in = row < rows
     inputs = input_ptr + row.to(tl.int64)[None, :] * inner
     total = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)
     factor = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)
-    groups = runs * PARTS
-    WIDTH: tl.constexpr = 32 if BITS == 4 else 128
-    length = runs * WIDTH if BITS == 4 else inner
+    groups = runs * PARTS if GROUPED else 1
+    WIDTH: tl.constexpr = 32 if BITS == 4 else (64 if PAIRED else 128)
+    length = runs * WIDTH if BITS == 4 or PAIRED else inner
+    JOINED: tl.constexpr = JOIN and (PDL or not PACKED) and PARTS == 1 and not ZERO and (BITS == 4 or PAIRED)
     stretch = tl.arange(0, WIDTH)
     weights = weight_ptr + column.to(tl.int64)[:, None] * length + stretch[None, :]
     factors = weight_ptr + (column + columns).to(tl.int64)[:, None] * length + stretch[None, :]
+    if PDL and PACKED and (BITS == 4 or PAIRED):
+        begin = tl.minimum(start, runs - 1)
+        end = tl.maximum(past, begin + 1)
+        for half in tl.static_range(2 if GATED else 1):
+            known = tl.minimum(column, columns - 1) + half * columns
+            _prefetch(_lines(weight_ptr, known, length, begin * WIDTH, end * WIDTH, 4))
+            if GROUPED:
+                _prefetch(_lines(scale_ptr, known, groups, begin * PARTS, end * PARTS, 2))
+            elif not JOINED:
+                _prefetch(scale_ptr + known)
+    if JOINED and not GROUPED:
+        scale = _columns(scale_ptr + column, valid, MASKED)
+        if GATED:
+            factor_scale = _columns(scale_ptr + column + columns, valid, MASKED)
     wait_for_inputs(PDL)
     for run in range(start, past):
-        if BITS == 4:
-            at = run * 128 + stretch
-            first = _inputs(inputs, at, inner, rows_in, MASKED)
-            second = _inputs(inputs, at + 32, inner, rows_in, MASKED)
-            third = _inputs(inputs, at + 64, inner, rows_in, MASKED)
-            fourth = _inputs(inputs, at + 96, inner, rows_in, MASKED)
+        at = run * 128 + (tl.arange(0, 128) if JOINED else stretch)
+        first = _inputs(inputs, at, inner, rows_in[None, :], MASKED)
+        if JOINED:
+            words = _columns(weights + run * WIDTH, valid[:, None], MASKED)
+            if GROUPED:
+                scale = _columns(scale_ptr + column * groups + run, valid, MASKED)
+            total = _add_joined(total, words, first, scale, BITS, PACKED)
+            if GATED:
+                words = _columns(factors + run * WIDTH, valid[:, None], MASKED)
+                if GROUPED:
+                    factor_scale = _columns(scale_ptr + (column + columns) * groups + run, valid, MASKED)
+                factor = _add_joined(factor, words, first, factor_scale, BITS, PACKED)
+        elif BITS == 4:
+            second = _inputs(inputs, at + 32, inner, rows_in[None, :], MASKED)
+            third = _inputs(inputs, at + 64, inner, rows_in[None, :], MASKED)
+            fourth = _inputs(inputs, at + 96, inner, rows_in[None, :], MASKED)
             words = _columns(weights + run * WIDTH, valid[:, None], MASKED)
             total = _add_run4(
                 total, words, first, second, third, fourth, scale_ptr, zero_ptr, column * groups + run * PARTS, valid,
@@ -181,46 +257,54 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
                     (column + columns) * groups + run * PARTS, valid, PARTS, ZERO, GROUPED, MASKED, PACKED,
                 )  # fmt: skip
         else:
-            at = run * 128 + stretch
-            within = valid[:, None] & (at < inner)[None, :]
-            value = _inputs(inputs, at, inner, rows_in, MASKED)
-            packed = _columns(weights + run * WIDTH, within, MASKED)
-            total = tl.dot(_signed(packed, value.dtype == tl.bfloat16, PACKED), value, total)
+            second = first
+            within = valid[:, None]
+            if PAIRED:
+                second = _inputs(inputs, at + 64, inner, rows_in[None, :], MASKED)
+            else:
+                within = within & (at < inner)[None, :]
+            words = _columns(weights + run * WIDTH, within, MASKED)
+            total = _add_run8(total, words, first, second, PAIRED, PACKED)
             if GATED:
-                packed = _columns(factors + run * WIDTH, within, MASKED)
-                factor = tl.dot(_signed(packed, value.dtype == tl.bfloat16, PACKED), value, factor)
+                words = _columns(factors + run * WIDTH, within, MASKED)
+                factor = _add_run8(factor, words, first, second, PAIRED, PACKED)
+    # From here on with an output's neighbours next to each other, as they are written.
+    total = tl.trans(total)
+    factor = tl.trans(factor)
+    inside = rows_in[:, None] & valid[None, :]
     complete = True
     if DIVIDED:
         size: tl.constexpr = BLOCK_COLUMNS * BLOCK_ROWS
         width: tl.constexpr = size * (2 if GATED else 1)
-        cell = tl.arange(0, BLOCK_COLUMNS)[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
+        cell = tl.arange(0, BLOCK_ROWS)[:, None] * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
         mine = partial_ptr + (tile * splits + split) * width
-        tl.store(mine + cell, total, mask=rows_in)
+        tl.store(mine + cell, total, mask=rows_in[:, None])
         if GATED:
-            tl.store(mine + size + cell, factor, mask=rows_in)
+            tl.store(mine + size + cell, factor, mask=rows_in[:, None])
         tl.debug_barrier()
         complete = tl.atomic_add(arrival_ptr + tile, 1, sem="acq_rel") == splits - 1
         if complete:
             tl.store(arrival_ptr + tile, 0)
-            total = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)
-            factor = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)
-            for other in range(splits):
+            total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+            factor = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+            for other in tl.range(0, splits, loop_unroll_factor=TOGETHER):
                 theirs = partial_ptr + (tile * splits + other) * width
-                total += tl.load(theirs + cell, mask=rows_in, other=0.0, cache_modifier=".cg")
+                total += tl.load(theirs + cell, mask=rows_in[:, None], other=0.0, cache_modifier=".cg")
                 if GATED:
-                    factor += tl.load(theirs + size + cell, mask=rows_in, other=0.0, cache_modifier=".cg")
+                    factor += tl.load(
+                        theirs + size + cell, mask=rows_in[:, None], other=0.0, cache_modifier=".cg"
+                    )
     if complete:
-        if not GROUPED:
-            total *= tl.load(scale_ptr + column, mask=valid, other=0.0)[:, None]
+        if not (GROUPED or JOINED):
+            total *= tl.load(scale_ptr + column, mask=valid, other=0.0)[None, :]
             if GATED:
-                factor *= tl.load(scale_ptr + column + columns, mask=valid, other=0.0)[:, None]
+                factor *= tl.load(scale_ptr + column + columns, mask=valid, other=0.0)[None, :]
         if HAS_BIAS:
-            total += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)[:, None]
+            total += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)[None, :]
         total = activate(total, ACTIVATION)
         if GATED:
             total = total * factor
-        place = row.to(tl.int64)[None, :] * columns + column[:, None]
-        inside = valid[:, None] & rows_in
+        place = row.to(tl.int64)[:, None] * columns + column[None, :]
         if HAS_RESIDUAL:
             total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(output_ptr + place, total.to(output_ptr.dtype.element_ty), mask=inside)

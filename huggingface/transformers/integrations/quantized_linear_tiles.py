@@ -17,7 +17,7 @@ import torch
 from ..quantizers.packing import RUN, WeightFormat, runs
 
 FILE = Path(__file__).with_name("quantized_linear_tiles.json")
-ROWS = (1, 16, 32, 64)
+ROWS = (1, 16, 32, 64, 128, 256)
 """Numbers of rows that tiles are chosen for; others count as the next of these."""
 PROGRAMS = 132
 """Multiprocessors of an H200: fewer programs than that and the runs are divided."""
@@ -98,7 +98,7 @@ class Product:
 
 @lru_cache(maxsize=4096)
 def choose_tile(device: torch.device, product: Product) -> Tile:
-    """Returns the tile of a product of at most 64 rows on a device."""
+    """Returns the tile of a product of at most 256 rows on a device."""
     measured = _measured(device, product)
     if isinstance(measured, RowTile) and not product.whole:
         return default_tile(product)
@@ -134,10 +134,9 @@ def default_tile(product: Product) -> Tile:
         wide = 8 if product.outputs >= 8192 else 4
         threads = next(count for count in (128, 64, 32) if count <= max(32, product.pieces))
         return RowTile(wide // half, threads, threads // 32, False)
-    rows = next(most for most in (16, 32, 64) if product.rows <= most)
-    columns, warps = (128, 8) if rows == 64 and not product.gated else (64, 8 if rows == 64 else 4)
-    tiles = -(-product.columns // columns)
+    rows = next((most for most in (16, 32) if product.rows <= most), 64)
+    tiles = -(-product.columns // 64) * -(-product.rows // rows)
     splits = 1
     while tiles * splits < PROGRAMS and splits < MOST_SPLITS and 2 * splits <= runs(product.inner):
         splits *= 2
-    return RowsTile(rows, columns, splits, warps, 3)
+    return RowsTile(rows, 64, splits, 4, 3 if rows >= 64 else 4)

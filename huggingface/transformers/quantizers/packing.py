@@ -10,7 +10,8 @@ input h of each, the first quarter in the lowest bits::
     input of the run   h          32 + h     64 + h     96 + h
 
 So a kernel takes consecutive inputs out of consecutive words, two at a time with one instruction, and never interleaves. An
-output's last run is filled up with weights of zero, whose groups have scales like others.
+output's last run is filled up with weights of zero, whose groups have scales like others. 8-bit numbers lie alike: word h of 64
+holds inputs h and 64 + h of a run. Nothing is filled up there, and inputs that are not whole runs lie in order.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 GROUP_SIZES = (32, 64, 128)
 RUN = 128
-"""Inputs that are packed together at 4 bits; groups divide it."""
+"""Inputs that are packed together; groups divide it."""
 LARGEST_INT8, LARGEST_INT4, MIDDLE_INT4 = 127, 7, 8
 
 
@@ -89,7 +90,7 @@ def quantize(weight: torch.Tensor, kind: WeightFormat) -> dict[str, torch.Tensor
     if kind.bits == 8:
         scale = values.abs().amax(1, keepdim=True) / LARGEST_INT8
         numbers = _divided(values, scale).round_().to(torch.int8)
-        return {"weight": numbers, "weight_scale": scale}
+        return {"weight": pair(numbers), "weight_scale": scale}
     padded = runs(inner) * RUN
     values = torch.nn.functional.pad(values, (0, padded - inner))
     groups = values.view(outputs, padded // kind.group_size if kind.group_size else 1, -1)
@@ -126,11 +127,25 @@ def dequantize(
     """
     scale = tensors["weight_scale"].float()
     if kind.bits == 8:
-        return (tensors["weight"].float() * scale).to(dtype)
+        return (unpair(tensors["weight"]).float() * scale).to(dtype)
     numbers = unpack(tensors["weight"]).float()
     numbers = numbers.view(*scale.shape, -1)  # (out, groups, inputs of a group)
     zero = tensors["weight_zero"].float()[..., None] if kind.zero_point else MIDDLE_INT4
     return numbers.sub_(zero).mul_(scale[..., None]).flatten(1)[:, :inner].to(dtype).contiguous()
+
+
+def pair(values: torch.Tensor) -> torch.Tensor:
+    """Returns (..., in) values in the order in which 8-bit weights lie."""
+    if values.shape[-1] % RUN:
+        return values
+    return values.unflatten(-1, (-1, 2, RUN // 2)).transpose(-1, -2).flatten(-3)
+
+
+def unpair(values: torch.Tensor) -> torch.Tensor:
+    """Returns what :func:`pair` put in order."""
+    if values.shape[-1] % RUN:
+        return values
+    return values.unflatten(-1, (-1, RUN // 2, 2)).transpose(-1, -2).flatten(-3)
 
 
 def pack(numbers: torch.Tensor) -> torch.Tensor:

@@ -252,18 +252,18 @@ def check_compiled(monkeypatch, shapes, rows, kinds, dtypes, capabilities) -> No
 
 def test_kernels_compile_without_spills(monkeypatch):
     shapes, kinds = [(4096, 4096, False), (14336, 4096, True)], [INT8, WeightFormat(4, 128)]
-    check_compiled(monkeypatch, shapes, (1, 33, 64), kinds, (torch.bfloat16,), (86, 90))
+    check_compiled(monkeypatch, shapes, (1, 33, 112), kinds, (torch.bfloat16,), (86, 90))
 
 
 @pytest.mark.slow
 def test_all_kernels_compile_without_spills(monkeypatch):
     dtypes = (torch.bfloat16, torch.float16)
-    check_compiled(monkeypatch, REAL, (1, 16, 33, 64), FORMATS, dtypes, (80, 86, 90))
+    check_compiled(monkeypatch, REAL, (1, 16, 33, 64, 112), FORMATS, dtypes, (80, 86, 90))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64, 112, 224])
 @pytest.mark.parametrize("kind", FORMATS, ids=str)
 def test_on_the_gpu_at_real_sizes(kind, rows, dtype):
     for columns, inner, gated in REAL[:3]:
