@@ -1,9 +1,9 @@
 """Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
 
 Two kernels: one row (`quantized_gemv.py`), and up to :data:`MANY_ROWS` (`quantized_linear_kernels.py`). Above that, as in a
-prompt, reading weights is no longer what a product costs; they are turned into the inputs' dtype and the vendor's library
-multiplies. The same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's own product of
-8-bit weights is used where it is faster: one row in bfloat16.
+prompt, reading weights is no longer what a product costs; they are turned into the inputs' dtype (`dequantize.py`) and the
+vendor's library multiplies. The same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's
+own product of 8-bit weights is used where it is faster: one row in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..quantizers.packing import RUN, WeightFormat, dequantize, quantize, runs
+from .dequantize import dense
 from .fused_norm import add_norm
 from .quantized_gemv import quantized_row_kernel
 from .quantized_linear_kernels import quantized_rows_kernel
@@ -160,7 +161,8 @@ def quantized_linear(
     if norm is not None:
         rows, _ = add_norm(rows, None, norm)
     if count > MANY_ROWS:
-        return quantized_linear_reference(rows, weight, bias, activation, gated, residual)
+        read_back = dense(weight.tensors(), weight.kind, weight.inner, rows.dtype)
+        return finish(F.linear(rows, read_back, bias), activation, gated, residual)
     output = rows.new_empty(*rows.shape[:-1], weight.outputs // (2 if gated else 1))
     tile = choose_tile(rows.device, Product(weight.kind, count, weight.outputs, weight.inner, gated))
     launch(tile, rows.contiguous(), weight, bias, ACTIVATIONS[activation], gated, residual, output)
