@@ -198,14 +198,17 @@ def batch_class(batch: int) -> int:
 
 
 def setting_name(model, batch: int = 1) -> str:
-    """Returns what a tuned size holds for: device, dtype and, above one sequence, the batch."""
+    """Returns what a tuned size holds for: device, dtype, the format of packed weights, and the batch above one sequence."""
     parts = [device_name(model.device), str(model.dtype).removeprefix("torch.")]
+    packed = getattr(model.config, "quantization_config", None)
+    if packed is not None:
+        parts.append(getattr(packed, "label", "quantised"))  # another package's has none
     batch = batch_class(batch)
     return ", ".join(parts if batch == 1 else [*parts, f"batch {batch}"])
 
 
 def tuned_nodes(model, batch: int = 1) -> int | None:
-    """Returns the number of nodes tuned for the model's device, dtype and this batch size; `None` where nobody has."""
+    """Returns the number of nodes tuned for the model's device, dtype, packing and this batch; `None` where nobody has."""
     entry = _entries(model).get(setting_name(model, batch))
     return int(entry["nodes"] if isinstance(entry, Mapping) else entry) if entry else None
 

@@ -1,9 +1,9 @@
 """Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
 
 Two kernels: one row (`quantized_gemv.py`), and up to :data:`MANY_ROWS` (`quantized_linear_kernels.py`). Above that, as in a
-prompt, reading weights is no longer what a product costs; they are turned into the inputs' dtype and the vendor's library
-multiplies. The same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's own product of
-8-bit weights is used where it is faster: one row in bfloat16.
+prompt, reading weights is no longer what a product costs; they are turned into the inputs' dtype (`dequantize.py`) and the
+vendor's library multiplies. The same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's
+own product of 8-bit weights is used where it is faster: one row in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..quantizers.packing import RUN, WeightFormat, dequantize, pair, quantize, runs
+from .dequantize import dense
 from .fused_norm import add_norm
+from .gemv import WIDEST_NORM, norm_arguments
 from .quantized_gemv import quantized_row_kernel
 from .quantized_linear_kernels import quantized_rows_kernel
 from .quantized_linear_tiles import Product, RowsTile, RowTile, choose_tile
@@ -157,13 +159,16 @@ def quantized_linear(
     if rows.dtype not in DTYPES or unavailable(rows.device) is not None:
         rows = rows if norm is None else norm(rows)
         return finish(_plain_product(rows, weight, bias), activation, gated, residual)
-    if norm is not None:
-        rows, _ = add_norm(rows, None, norm)
-    if count > MANY_ROWS:
-        return quantized_linear_reference(rows, weight, bias, activation, gated, residual)
+    tile = None
+    if count <= MANY_ROWS:
+        tile = choose_tile(rows.device, Product(weight.kind, count, weight.outputs, weight.inner, gated))
+    if norm is not None and not (isinstance(tile, RowTile) and _normalises(norm, rows)):
+        (rows, _), norm = add_norm(rows, None, norm), None
+    if tile is None:
+        read_back = dense(weight.tensors(), weight.kind, weight.inner, rows.dtype)
+        return finish(F.linear(rows, read_back, bias), activation, gated, residual)
     output = rows.new_empty(*rows.shape[:-1], weight.outputs // (2 if gated else 1))
-    tile = choose_tile(rows.device, Product(weight.kind, count, weight.outputs, weight.inner, gated))
-    launch(tile, rows.contiguous(), weight, bias, ACTIVATIONS[activation], gated, residual, output)
+    launch(tile, rows.contiguous(), weight, bias, ACTIVATIONS[activation], gated, residual, output, norm)
     return output
 
 
@@ -176,13 +181,22 @@ def launch(
     gated: bool,
     residual: torch.Tensor | None,
     output: torch.Tensor,
+    norm: nn.Module | None = None,
 ) -> None:
-    """Writes a product to `output`, on a kernel and in blocks that a tile names; other arguments as `quantized_linear`'s."""
+    """Writes a product to `output`, on a kernel and in blocks that a tile names; other arguments as `quantized_linear`'s.
+
+    Only the kernel for one row takes a norm, and only one for which :func:`_normalises` holds.
+    """
     given = (rows, weight, bias, activation, gated, residual, output)
     if isinstance(tile, RowTile):
-        _launch_row(tile, *given)
+        _launch_row(tile, *given, norm)
     else:
         _launch_rows(tile, *given)
+
+
+def _normalises(norm: Any, row: torch.Tensor) -> bool:
+    """Returns whether the kernel for one row normalises it itself: it is short, and the norm's parameters are of its dtype."""
+    return row.shape[-1] <= WIDEST_NORM and norm.weight.dtype == row.dtype
 
 
 def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -219,22 +233,29 @@ def _epilogue(rows, weight: QuantizedWeight, bias, residual, output) -> tuple[to
 
 
 def _launch_row(
-    tile: RowTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output
+    tile: RowTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output, norm=None
 ) -> None:
     columns = output.shape[-1]
     words = weight.weight.view(torch.int32)
     pieces = words.shape[1] // 4
+    kind, norm_weight, norm_bias, epsilon = norm_arguments(norm, rows)
     quantized_row_kernel[(triton.cdiv(columns, tile.columns),)](
         _aligned(rows).view(torch.int32),
         words,
         *_epilogue(rows, weight, bias, residual, output),
+        norm_weight.view(torch.int32),
+        norm_bias.view(torch.int32),
         columns,
         pieces,
         ONE,
+        weight.inner,
+        epsilon,
         BLOCK_COLUMNS=tile.columns,
         BLOCK_PIECES=tile.pieces,
         MASKED=columns % tile.columns != 0 or pieces % tile.pieces != 0,
         AHEAD=tile.ahead,
+        NORM=kind,
+        WHOLE=triton.next_power_of_2(weight.inner // 2),
         num_warps=tile.warps,
         **_shared(weight, bias, activation, gated, residual),
     )

@@ -72,6 +72,13 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         """The format of the converted weights."""
         return WeightFormat(self.bits, self.group_size, self.zero_point)
 
+    @property
+    def label(self) -> str:
+        """A short name of what is stored, such as `int4-group128-head8`; `-mixed` where modules have formats of their own."""
+        group = f"-group{self.group_size}" if self.group_size else ""
+        marks = {"-zero": self.zero_point, "-mixed": self.modules, "-head8": self.lm_head}
+        return f"int{self.bits}{group}" + "".join(mark for mark, holds in marks.items() if holds)
+
     def format_of(self, name: str) -> WeightFormat | None:
         """Returns the format of a module, by its full name; `None` where it stays as it is.
 

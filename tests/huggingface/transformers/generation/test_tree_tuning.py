@@ -35,6 +35,7 @@ from huggingface.transformers.generation.tree_tuning import (
     tune,
     tuned_nodes,
 )
+from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 
 ACCURACY = [[0.8, 0.1], [0.8, 0.1], [0.8, 0.1]]
 MANY_RANKS = [[0.6, 0.2, 0.1, 0.05, 0.02, 0.01]] * 3
@@ -177,6 +178,32 @@ def test_batches_are_tuned_as_powers_of_two(model, costs):
     tune(model, (2,))
     # What was tuned for fewer sequences is better than a guess.
     assert [plan_for(model, batch=batch).shape.nodes for batch in (1, 2, 4, 32)] == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "packed, label",
+    [
+        ({"bits": 8}, "int8"),
+        ({"bits": 4}, "int4"),
+        ({"bits": 4, "group_size": 128}, "int4-group128"),
+        ({"bits": 4, "group_size": 32, "zero_point": True, "lm_head": "int8"}, "int4-group32-zero-head8"),
+        ({"bits": 4, "group_size": 64, "modules": {"one": "plain"}}, "int4-group64-mixed"),
+    ],
+)
+def test_packed_weights_are_tuned_on_their_own(packed, label, model, costs, monkeypatch):
+    plain = setting_name(model)
+    assert plain == f"cpu, {torch.get_num_threads()} threads, float32"  # as checkpoints have it
+    costs.step = lambda plan: 1.0 if plan.shape.nodes in (1, 4) else 100.0
+    tune(model, (4,))
+    assert plan_for(model).source == "tuned"
+    monkeypatch.setattr(model.config, "quantization_config", PackedWeightsConfig(**packed), raising=False)
+    assert setting_name(model) == f"{plain}, {label}"
+    assert setting_name(model, 3) == f"{plain}, {label}, batch 4"
+    assert (plan_for(model).source, tuned_nodes(model)) == ("default", None)
+    costs.step = lambda plan: 1.0 if plan.shape.nodes in (1, 2) else 100.0
+    assert tune(model, (2,)).setting == f"{plain}, {label}"
+    assert saved_settings(model)["draft_nodes"] == {plain: 4, f"{plain}, {label}": 2}
+    assert tuned_nodes(model) == 2
 
 
 def test_trees_beyond_the_memory_are_left_out(model, costs):
