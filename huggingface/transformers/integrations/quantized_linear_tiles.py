@@ -139,4 +139,5 @@ def default_tile(product: Product) -> Tile:
     splits = 1
     while tiles * splits < PROGRAMS and splits < MOST_SPLITS and 2 * splits <= runs(product.inner):
         splits *= 2
-    return RowsTile(rows, 64, splits, 4, 3 if rows >= 64 else 4)
+    wide = rows == 64
+    return RowsTile(rows, 64, splits, 8 if wide and product.gated else 4, 3 if wide else 4)
