@@ -126,7 +126,9 @@ def _dense_kernel(
     if not GROUPED:
         scale = _read(scale_ptr + row, inside, MASKED)
     if PAIRED:
-        words = _read(weight_ptr + (row.to(tl.int64) * runs + run) * 64 + stretch, inside, MASKED).to(tl.int32)
+        words = _read(weight_ptr + (row.to(tl.int64) * runs + run) * 64 + stretch, inside, MASKED).to(
+            tl.int32
+        )
         wait_for_inputs(PDL)  # what was in the output's place may still be read
         # With the sign bit turned over a signed byte is the number plus 128.
         for place in tl.static_range(2):
