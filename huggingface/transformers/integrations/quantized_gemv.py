@@ -60,10 +60,14 @@ def _weights(weight_ptr, place, valid, MASKED: tl.constexpr):
 
 
 @jit
-def _statistics(row_ptr, inner, epsilon, WHOLE: tl.constexpr, BRAIN: tl.constexpr, NORM: tl.constexpr):
-    """Returns the mean that a norm takes off a row, 0 for an RMSNorm, and what it multiplies with; `WHOLE` words hold the row."""
+def _statistics(row_ptr, words, epsilon, WHOLE: tl.constexpr, BRAIN: tl.constexpr, NORM: tl.constexpr):
+    """Returns the mean that a norm takes off a row, 0 for an RMSNorm, and what it multiplies with.
+
+    `words` is the number of elements of `row_ptr`, `WHOLE` a power of two that covers them.
+    """
+    inner = 2 * words
     word = tl.arange(0, WHOLE)
-    within = word * 2 < inner
+    within = word < words
     low, high = _pair(tl.load(row_ptr + word, mask=within, other=0), BRAIN)
     mean = 0.0
     if NORM == 1:
@@ -92,6 +96,14 @@ def _normed_pair(
 
 
 @jit
+def _every_second(first, second):
+    """Returns the even and the odd ones of eight numbers, of which (pieces, 1, 4) tensors hold the lower and the upper four."""
+    P: tl.constexpr = first.shape[0]
+    both = tl.permute(tl.join(first, second), (0, 1, 3, 2))  # (pieces, 1, which, word)
+    return tl.split(tl.reshape(both, (P, 1, 4, 2)))
+
+
+@jit
 def _inputs(
     row_ptr, norm_ptr, shift_ptr, mean, rate, piece, known,
     BITS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
@@ -104,11 +116,13 @@ def _inputs(
     known = known[:, None, None]
     word = tl.arange(0, 4)[None, None, :]
     if BITS == 8:
-        at = piece[:, None, None] * 8 + word * 2
-        first, second = _normed_pair(row_ptr, norm_ptr, shift_ptr, mean, rate, at, known, KIND, NORM, MASKED)
-        third, fourth = _normed_pair(
-            row_ptr, norm_ptr, shift_ptr, mean, rate, at + 1, known, KIND, NORM, MASKED
+        at = piece[:, None, None] * 8 + word
+        low0, high0 = _normed_pair(row_ptr, norm_ptr, shift_ptr, mean, rate, at, known, KIND, NORM, MASKED)
+        low1, high1 = _normed_pair(
+            row_ptr, norm_ptr, shift_ptr, mean, rate, at + 4, known, KIND, NORM, MASKED
         )
+        first, third = _every_second(low0, low1)
+        second, fourth = _every_second(high0, high1)
         found = (first, second, third, fourth)
     else:
         at = (piece // 4 * 64 + piece % 4 * 4)[:, None, None] + word
@@ -232,7 +246,7 @@ def _products(
 @jit
 def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     row_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, norm_ptr, shift_ptr,
-    columns, pieces, one, inner, epsilon,
+    columns, pieces, one, epsilon,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_PIECES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
     GROUPED: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
@@ -269,7 +283,9 @@ def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-t
     wait_for_inputs(PDL)
     mean, rate = 0.0, 1.0
     if NORM > 0:
-        mean, rate = _statistics(row_ptr, inner, epsilon, WHOLE, tl.bfloat16 == KIND, NORM)
+        mean, rate = _statistics(
+            row_ptr, pieces * (8 if BITS == 8 else 16), epsilon, WHOLE, tl.bfloat16 == KIND, NORM
+        )
     total = tl.zeros((BLOCK_PIECES, BLOCK_COLUMNS), dtype=tl.float32)
     factor = tl.zeros((BLOCK_PIECES, BLOCK_COLUMNS), dtype=tl.float32)
     for start in range(0, pieces, BLOCK_PIECES):

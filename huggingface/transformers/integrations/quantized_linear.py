@@ -248,7 +248,6 @@ def _launch_row(
         columns,
         pieces,
         ONE,
-        weight.inner,
         epsilon,
         BLOCK_COLUMNS=tile.columns,
         BLOCK_PIECES=tile.pieces,
