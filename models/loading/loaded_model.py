@@ -26,6 +26,7 @@ from models.loading.calibrated import is_calibrated, scale_and_pack
 from models.loading.calls import Call, Decoder, Prompts
 from models.loading.checkpoint import end_tokens, read_config
 from models.loading.engine_decoder import EngineDecoder
+from models.loading.memory import release_unused
 from models.loading.packed import stored_bytes
 from models.loading.stock_decoder import StockDecoder
 from models.loading.tokenizing import decode, encode, encode_continuation, load_tokenizer
@@ -342,6 +343,7 @@ def assemble(
         scale_and_pack(built.model, tokenizer, str(recipe.weights))
     if helper is not None:
         _check_finite(helper.model, recipe, "assistant")
+    release_unused(built.model.device)
     ends = end_tokens(checkpoint, config, tokenizer)
     if recipe.attention == "flash":
         notes = [*notes, flash_attention.describe(built.model.device)]

@@ -43,6 +43,12 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
+def release_unused(device: torch.device) -> None:
+    """Gives the device back what torch keeps of freed tensors: another process may need it, and nothing here soon will."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def check_fits(model: Any, batch: int, capacity: int, scratch: int) -> None:
     """Raises MemoryError, with both numbers, if the engine's cache exceeds the memory that is free; asks no CPU.
 

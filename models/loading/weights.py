@@ -23,7 +23,8 @@ from huggingface.transformers.models.spec_stream import (
     supported_architectures,
 )
 from huggingface.transformers.models.spec_stream.configuration_spec_stream import StreamConfig, StreamFields
-from huggingface.transformers.quantizers.quantizer import quantize_head, quantize_model
+from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
+from huggingface.transformers.quantizers.quantizer import quantize_head
 from models.awq import METHOD as AWQ
 from models.lm_head import split_head
 from models.loading.calibrated import is_calibrated
@@ -35,10 +36,10 @@ from models.loading.packed import (
     packed_config,
     saved_quantization,
 )
+from models.loading.random_weights import random_model
 from models.technique import Recipe
 
 STREAM_PREFIX = "streams."
-RANDOM_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ def _stock(
     choice = {} if attention is None else {"attn_implementation": attention}
     dtype = getattr(torch, str(recipe.dtype))
     if random_weights:
-        model = _random(model_class, plain, device, **choice).to(dtype)
-        return BuiltModel(_packed(model, recipe), fallbacks)
+        return BuiltModel(
+            random_model(model_class, plain, device, dtype, _packing(recipe), **choice), fallbacks
+        )
     place = main_weights(checkpoint, config)
     model, found = model_class.from_pretrained(
         place,
@@ -139,7 +141,10 @@ def _engine(
         )
     dtype, attention = getattr(torch, str(recipe.dtype)), recipe.attention
     if random_weights:
-        return BuiltModel(_packed(_random_engine(config, device, attention).to(dtype), recipe))
+        ours = config if isinstance(config, StreamFields) else _with_default_streams(config)
+        engine = MODEL_FOR_CAUSAL_LM_MAPPING[type(ours)]
+        packing = _packing(recipe)
+        return BuiltModel(random_model(engine, ours, device, dtype, packing, attn_implementation=attention))
     # Its signature promises a model; with `output_loading_info` upstream's convention adds what was found.
     loaded: Any = load_streaming(
         checkpoint,
@@ -166,36 +171,15 @@ def _read_as_it_is(model: Any, recipe: Recipe) -> list[str]:
     return [f"the checkpoint's own AWQ weights, groups of {config.group_size}: no scales were searched"]
 
 
-def _packed(model: Any, recipe: Recipe) -> Any:
-    """Returns a model that was not read from a checkpoint with its weights as the recipe wants them.
+def _packing(recipe: Recipe) -> PackedWeightsConfig | None:
+    """Returns how a recipe packs weights that are not read from a checkpoint; `None` for not at all, or not yet.
 
     Raises:
         ValueError: weights that another package quantises as it reads a checkpoint.
     """
     if recipe.weights in PEERS:
         raise ValueError(f"'{recipe.weights}' is made from a checkpoint; leave out --random_weights.")
-    wanted = packed_config(recipe.weights)
-    return model if wanted is None else quantize_model(model, wanted)
-
-
-def _random(model_class: Any, config: PreTrainedConfig, device: str, **choice: Any) -> Any:
-    """Returns a model with weights that depend on the configuration and the device alone.
-
-    They are drawn in float32, so that every dtype gets the same weights but for rounding.
-    """
-    torch.manual_seed(RANDOM_SEED)
-    with torch.device(device):
-        return model_class._from_config(config, dtype=torch.float32, **choice)
-
-
-def _random_engine(config: PreTrainedConfig, device: str, attention: str | None) -> Any:
-    """Returns our engine with the main weights that stock decoders draw, and random streams."""
-    ours = config if isinstance(config, StreamFields) else _with_default_streams(config)
-    main = stock_config(ours)
-    weights = _random(MODEL_FOR_CAUSAL_LM_MAPPING[type(main)], main, device).state_dict()
-    model = _random(MODEL_FOR_CAUSAL_LM_MAPPING[type(ours)], ours, device, attn_implementation=attention)
-    model.load_state_dict(weights, strict=False)
-    return model
+    return packed_config(recipe.weights)
 
 
 def _with_default_streams(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoConfig
 
 from huggingface.transformers.integrations.quantized_linear import QuantizedLinear
 from models import Machine, Recipe, fold, unavailable
@@ -13,6 +14,7 @@ from models.answer import Limits
 from models.awq import unreadable
 from models.loading import load
 from models.loading.packed import check_unquantized, packed_config
+from tests.architectures import inner_field, with_heads_of
 
 CPU = Machine("cpu")
 WEIGHTS = ["int8", "int4"]
@@ -188,8 +190,16 @@ def test_both_decoders_say_the_same(decoder, weights, stock_checkpoint):
     assert answers(f"{weights}+{decoder}", stock_checkpoint)[0] == answers(weights, stock_checkpoint)[0]
 
 
-def test_fewer_bytes(stock_checkpoint):
-    plain, half, quarter = (answers(name, stock_checkpoint)[1] for name in ("static", "int8", "int4"))
+def test_fewer_bytes(architecture, stock_checkpoint, tmp_path):
+    """Of layers as wide as real ones at least: narrower ones are filled up to 128 inputs at 4 bits."""
+    config = AutoConfig.from_pretrained(stock_checkpoint)
+    for name, value in {**with_heads_of(architecture, 64), inner_field(architecture): 256}.items():
+        setattr(config, name, value)
+    if architecture == "mistral":
+        config.hidden_size = 128
+    config.save_pretrained(tmp_path)
+    names = ("static", "int8", "int4")
+    plain, half, quarter = (answers(name, tmp_path, random_weights=True)[1] for name in names)
     assert plain > half > quarter
 
 

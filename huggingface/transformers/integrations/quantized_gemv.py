@@ -60,10 +60,14 @@ def _weights(weight_ptr, place, valid, MASKED: tl.constexpr):
 
 
 @jit
-def _statistics(row_ptr, inner, epsilon, WHOLE: tl.constexpr, BRAIN: tl.constexpr, NORM: tl.constexpr):
-    """Returns the mean that a norm takes off a row, 0 for an RMSNorm, and what it multiplies with; `WHOLE` words hold the row."""
+def _statistics(row_ptr, words, epsilon, WHOLE: tl.constexpr, BRAIN: tl.constexpr, NORM: tl.constexpr):
+    """Returns the mean that a norm takes off a row, 0 for an RMSNorm, and what it multiplies with.
+
+    `words` is the number of elements of `row_ptr`, `WHOLE` a power of two that covers them.
+    """
+    inner = 2 * words
     word = tl.arange(0, WHOLE)
-    within = word * 2 < inner
+    within = word < words
     low, high = _pair(tl.load(row_ptr + word, mask=within, other=0), BRAIN)
     mean = 0.0
     if NORM == 1:
@@ -232,7 +236,7 @@ def _products(
 @jit
 def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     row_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, norm_ptr, shift_ptr,
-    columns, pieces, one, inner, epsilon,
+    columns, pieces, one, epsilon,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_PIECES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
     GROUPED: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
@@ -269,7 +273,9 @@ def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-t
     wait_for_inputs(PDL)
     mean, rate = 0.0, 1.0
     if NORM > 0:
-        mean, rate = _statistics(row_ptr, inner, epsilon, WHOLE, tl.bfloat16 == KIND, NORM)
+        mean, rate = _statistics(
+            row_ptr, pieces * (8 if BITS == 8 else 16), epsilon, WHOLE, tl.bfloat16 == KIND, NORM
+        )
     total = tl.zeros((BLOCK_PIECES, BLOCK_COLUMNS), dtype=tl.float32)
     factor = tl.zeros((BLOCK_PIECES, BLOCK_COLUMNS), dtype=tl.float32)
     for start in range(0, pieces, BLOCK_PIECES):

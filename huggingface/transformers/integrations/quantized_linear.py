@@ -18,7 +18,7 @@ from torch import nn
 from ..quantizers.packing import RUN, WeightFormat, dequantize, pair, quantize, runs
 from .dequantize import dense
 from .fused_norm import add_norm
-from .gemv import WIDEST_NORM, norm_arguments
+from .gemv import norm_arguments
 from .quantized_gemv import quantized_row_kernel
 from .quantized_linear_kernels import quantized_rows_kernel
 from .quantized_linear_tiles import Product, RowsTile, RowTile, choose_tile
@@ -27,6 +27,8 @@ from .triton_support import interpreting, overlaps_launches, triton, unavailable
 
 MANY_ROWS = 256
 """Rows above which the weights are read back and the vendor's library multiplies."""
+NORM_INSIDE = 4096
+"""Inputs up to which the kernel for one row normalises them itself."""
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 
@@ -196,7 +198,7 @@ def launch(
 
 def _normalises(norm: Any, row: torch.Tensor) -> bool:
     """Returns whether the kernel for one row normalises it itself: it is short, and the norm's parameters are of its dtype."""
-    return row.shape[-1] <= WIDEST_NORM and norm.weight.dtype == row.dtype
+    return row.shape[-1] <= NORM_INSIDE and norm.weight.dtype == row.dtype
 
 
 def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -248,7 +250,6 @@ def _launch_row(
         columns,
         pieces,
         ONE,
-        weight.inner,
         epsilon,
         BLOCK_COLUMNS=tile.columns,
         BLOCK_PIECES=tile.pieces,

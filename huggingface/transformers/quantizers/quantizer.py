@@ -103,12 +103,17 @@ def quantize_model(model: Any, config: PackedWeightsConfig) -> Any:
     if config.lm_head:
         _head_of(model)  # refuses before anything is packed
     for name, kind in wanted.items():
-        module: Any = model.get_submodule(name)
-        model.set_submodule(name, _quantized(name, module, kind))
+        quantize_layer(model, name, kind)
     model.config.quantization_config = config
     if config.lm_head:
         quantize_head(model)
     return model
+
+
+@torch.no_grad()
+def quantize_layer(model: Any, name: str, kind: WeightFormat) -> None:
+    """Packs the linear layer of a name in place. Raises ValueError, which names it, if its weight cannot be packed."""
+    model.set_submodule(name, _quantized(name, model.get_submodule(name), kind))
 
 
 @torch.no_grad()

@@ -307,3 +307,14 @@ def test_on_the_gpu_at_real_sizes(kind, rows, dtype):
         activation = "silu" if gated else "gelu_tanh"
         first = check_loss(given, dtype, activation=activation, gated=gated)
         assert torch.equal(first, check_loss(given, dtype, activation=activation, gated=gated))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("kind", FORMATS, ids=str)
+def test_a_norm_inside_on_the_gpu(kind, norm, dtype, monkeypatch):
+    monkeypatch.setattr(module, "add_norm", None)
+    for columns, inner, gated in ((2304, 768, False), (8192, 2048, False), (14336, 4096, True)):
+        given = arguments(1, columns, inner, kind, gated, bias=not gated, norm=norm)
+        check_loss(given, dtype, activation="silu" if gated else "gelu_tanh", gated=gated)

@@ -23,6 +23,8 @@ from huggingface.transformers.models.spec_stream.fused_layers import (
     fused_layers_of,
     unfused_reason,
 )
+from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
+from huggingface.transformers.quantizers.quantizer import quantize_model
 from tests.architectures import SMALL_HEAD, with_heads_of
 
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -179,6 +181,23 @@ def test_weights_are_not_held_twice(architecture, fresh):
                 assert weight.data_ptr() == start
                 start += weight.nbytes
             assert product.weight.nbytes == sum(weight.nbytes for weight in weights)
+
+
+@pytest.mark.parametrize("packed", [{"bits": 8}, {"bits": 4, "group_size": 32, "zero_point": True}])
+def test_packed_weights_are_not_held_twice(packed, architecture, fresh):
+    """Integers, scales and zero points of modules that share a product are views of the product's."""
+    model = quantize_model(fresh(architecture, torch.float32), PackedWeightsConfig(**packed))
+    before = sum(parameter.nbytes for parameter in model.parameters())
+    fused, names = FusedLayers(model), model.layer_names
+    storages = {parameter.untyped_storage().data_ptr(): parameter for parameter in model.parameters()}
+    for index, layer in enumerate(model.decoder_layers()):
+        own = fused.layers[index]
+        for product, parts in ((own.project, names.projections), (own.expand, names.expand)):
+            for name, together in product.weight.tensors().items():
+                tensors = [getattr(layer.get_submodule(part), name) for part in parts]
+                assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {together.data_ptr()}
+                assert together.nbytes == sum(tensor.nbytes for tensor in tensors)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) == before
 
 
 @torch.no_grad()
