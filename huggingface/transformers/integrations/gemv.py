@@ -81,7 +81,10 @@ def gemv(
     """
     inner, columns = weight.shape[1], output.shape[-1]
     blocks = choose_blocks(columns, inner, gated)
-    kind, scale, shift, epsilon = norm_arguments(norm, row)
+    centred = isinstance(norm, nn.LayerNorm)
+    scale: Any = row if norm is None else norm.weight
+    shift: Any = norm.bias if norm is not None and centred else scale
+    epsilon: Any = 0.0 if norm is None else norm.eps if centred else norm.variance_epsilon
     pdl = overlaps_launches(row.device)
     gemv_kernel[(triton.cdiv(columns, blocks.columns),)](
         row,
@@ -98,7 +101,7 @@ def gemv(
         BLOCK_INNER=blocks.inner,
         CHUNKS=blocks.chunks,
         TAIL=blocks.tail,
-        NORM=kind,
+        NORM=0 if norm is None else 1 if centred else 2,
         ACTIVATION=activation,
         GATED=gated,
         HAS_BIAS=bias is not None,
@@ -108,20 +111,6 @@ def gemv(
         num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),
     )
-
-
-def norm_arguments(norm: Any, absent: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor, float]:
-    """Returns how kernels are told of a norm: its number (0 none, 1 LayerNorm, 2 RMSNorm), weight, bias and epsilon.
-
-    Args:
-        norm: LayerNorm or RMSNorm, or `None`.
-        absent: stands where there is no tensor, and is not read.
-    """
-    if norm is None:
-        return 0, absent, absent, 0.0
-    if isinstance(norm, nn.LayerNorm):
-        return 1, norm.weight, norm.bias, norm.eps
-    return 2, norm.weight, norm.weight, norm.variance_epsilon
 
 
 @jit
@@ -142,28 +131,16 @@ def _load(pointers, valid, EVEN: tl.constexpr):
 
 
 @jit
-def normalise(value, scale, shift, factor, KIND: tl.constexpr, NORM: tl.constexpr):
-    """Returns (centred) float32 inputs normalised and rounded as a norm layer's output is; NORM: 1 LayerNorm, 2 RMSNorm.
-
-    `factor` is one over their spread, `KIND` the dtype in which they are stored.
-    """
-    value = value * factor
-    if NORM == 1:  # noqa: SIM108 - Triton compiles the branch that is taken
-        value = value * scale + shift
+def _scaled(value, row_ptr, scale_ptr, shift_ptr, at, inside, spread, NORM: tl.constexpr):
+    """Returns (centred) inputs in float32, normalised and rounded as a norm layer's output is."""
+    scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    value = value / spread
+    if NORM == 1:
+        value = value * scale + tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
     else:
         # Llama's own rounding: to the stored dtype before the weight.
-        value = value.to(KIND).to(tl.float32) * scale
-    return value.to(KIND).to(tl.float32)
-
-
-@jit
-def _scaled(value, row_ptr, scale_ptr, shift_ptr, at, inside, factor, NORM: tl.constexpr):
-    """Returns (centred) inputs in float32, normalised with the parameters at their places."""
-    scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    shift = scale
-    if NORM == 1:
-        shift = tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return normalise(value, scale, shift, factor, row_ptr.dtype.element_ty, NORM)
+        value = value.to(row_ptr.dtype.element_ty).to(tl.float32) * scale
+    return value.to(row_ptr.dtype.element_ty).to(tl.float32)
 
 
 @jit
@@ -225,10 +202,10 @@ def gemv_kernel(  # noqa: C901 - one kernel; its branches are compile-time
         spread = tl.sum(value * value, 0)
         if TAIL > 0:
             spread += tl.sum(last_value * last_value, 0)
-        norm_factor = 1.0 / tl.sqrt(spread / inner + epsilon)
-        value = _scaled(value, row_ptr, scale_ptr, shift_ptr, at, within, norm_factor, NORM)
+        spread = tl.sqrt(spread / inner + epsilon)
+        value = _scaled(value, row_ptr, scale_ptr, shift_ptr, at, within, spread, NORM)
         if TAIL > 0:
-            last_value = _scaled(last_value, row_ptr, scale_ptr, shift_ptr, last, left, norm_factor, NORM)
+            last_value = _scaled(last_value, row_ptr, scale_ptr, shift_ptr, last, left, spread, NORM)
     total = tl.sum(weight.to(tl.float32) * value[None, :], 1)
     if GATED:
         second = tl.sum(factor.to(tl.float32) * value[None, :], 1)

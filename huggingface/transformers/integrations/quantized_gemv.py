@@ -12,15 +12,11 @@ Rounding stays far below half precision's: the mantissa has 24 bits, and a sum l
 
 A thread reads weights 16 bytes at a time (a *piece*: 32 inputs at 4 bits, 16 at 8) of several outputs, so that inputs are
 prepared once for all of them. The first pieces are asked for before the kernel in front has finished.
-
-A norm in front of the product is computed here too, by every program: it reads the whole row for mean and variance, and
-normalises the inputs of each piece as it reads them again, from the first-level cache. Up to `gemv.WIDEST_NORM` inputs that costs
-less than a launch.
 """
 
 from __future__ import annotations
 
-from .gemv import activate, normalise
+from .gemv import activate
 from .triton_support import jit, release_dependents, tl, wait_for_inputs
 
 
@@ -60,72 +56,23 @@ def _weights(weight_ptr, place, valid, MASKED: tl.constexpr):
 
 
 @jit
-def _statistics(row_ptr, words, epsilon, WHOLE: tl.constexpr, BRAIN: tl.constexpr, NORM: tl.constexpr):
-    """Returns the mean that a norm takes off a row, 0 for an RMSNorm, and what it multiplies with.
-
-    `words` is the number of elements of `row_ptr`, `WHOLE` a power of two that covers them.
-    """
-    inner = 2 * words
-    word = tl.arange(0, WHOLE)
-    within = word < words
-    low, high = _pair(tl.load(row_ptr + word, mask=within, other=0), BRAIN)
-    mean = 0.0
-    if NORM == 1:
-        mean = tl.sum(low + high, 0) / inner
-        low = tl.where(within, low - mean, 0.0)
-        high = tl.where(within, high - mean, 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(low * low + high * high, 0) / inner + epsilon)
-
-
-@jit
-def _normed_pair(
-    row_ptr, norm_ptr, shift_ptr, mean, rate, at, known,
-    KIND: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Returns the two inputs of each int32 at some places, normalised where there is a norm, the lower one first."""
-    BRAIN: tl.constexpr = tl.bfloat16 == KIND
-    low, high = _pair(_load(row_ptr + at, known, 0, MASKED), BRAIN)
-    if NORM > 0:
-        low_scale, high_scale = _pair(_load(norm_ptr + at, known, 0, MASKED), BRAIN)
-        low_shift, high_shift = low_scale, high_scale
-        if NORM == 1:
-            low_shift, high_shift = _pair(_load(shift_ptr + at, known, 0, MASKED), BRAIN)
-        low = normalise(low - mean, low_scale, low_shift, rate, KIND, NORM)
-        high = normalise(high - mean, high_scale, high_shift, rate, KIND, NORM)
-    return low, high
-
-
-@jit
-def _inputs(
-    row_ptr, norm_ptr, shift_ptr, mean, rate, piece, known,
-    BITS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _inputs(row_ptr, piece, known, BITS: tl.constexpr, BRAIN: tl.constexpr, MASKED: tl.constexpr):
     """Returns the (pieces, 1, 4) float32 inputs of each field of a piece's words, in the order of the fields' places.
 
-    An element of `row_ptr` holds two inputs, as those of a norm's parameters do. What shares 16 bits lies 32 inputs apart at 4
-    bits, 64 at 8.
+    An element of `row_ptr` holds two inputs. What shares 16 bits lies 32 inputs apart at 4 bits, 64 at 8.
     """
-    known = known[:, None, None]
     word = tl.arange(0, 4)[None, None, :]
     if BITS == 8:
-        at = (piece // 8 * 64 + piece % 8 * 4)[:, None, None] + word
-        first, third = _normed_pair(row_ptr, norm_ptr, shift_ptr, mean, rate, at, known, KIND, NORM, MASKED)
-        second, fourth = _normed_pair(
-            row_ptr, norm_ptr, shift_ptr, mean, rate, at + 32, known, KIND, NORM, MASKED
-        )
+        at = row_ptr + (piece // 8 * 64 + piece % 8 * 4)[:, None, None] + word
+        first, third = _pair(_load(at, known[:, None, None], 0, MASKED), BRAIN)
+        second, fourth = _pair(_load(at + 32, known[:, None, None], 0, MASKED), BRAIN)
         found = (first, second, third, fourth)
     else:
-        at = (piece // 4 * 64 + piece % 4 * 4)[:, None, None] + word
-        low0, high0 = _normed_pair(row_ptr, norm_ptr, shift_ptr, mean, rate, at, known, KIND, NORM, MASKED)
-        low1, high1 = _normed_pair(
-            row_ptr, norm_ptr, shift_ptr, mean, rate, at + 16, known, KIND, NORM, MASKED
-        )
-        low2, high2 = _normed_pair(
-            row_ptr, norm_ptr, shift_ptr, mean, rate, at + 32, known, KIND, NORM, MASKED
-        )
-        low3, high3 = _normed_pair(
-            row_ptr, norm_ptr, shift_ptr, mean, rate, at + 48, known, KIND, NORM, MASKED
-        )
+        at = row_ptr + (piece // 4 * 64 + piece % 4 * 4)[:, None, None] + word
+        low0, high0 = _pair(_load(at, known[:, None, None], 0, MASKED), BRAIN)
+        low1, high1 = _pair(_load(at + 16, known[:, None, None], 0, MASKED), BRAIN)
+        low2, high2 = _pair(_load(at + 32, known[:, None, None], 0, MASKED), BRAIN)
+        low3, high3 = _pair(_load(at + 48, known[:, None, None], 0, MASKED), BRAIN)
         found = (low0, low1, low2, low3, high0, high1, high2, high3)
     return found
 
@@ -235,22 +182,21 @@ def _products(
 
 @jit
 def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-time
-    row_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, norm_ptr, shift_ptr,
-    columns, pieces, one, epsilon,
+    row_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr,
+    columns, pieces, one,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_PIECES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
     GROUPED: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes `BLOCK_COLUMNS` outputs of one row.
 
-    `row_ptr`, `norm_ptr` and `shift_ptr` hold two numbers an element, `weight_ptr` int32 words, `pieces` of four words an output.
-    `NORM`: 1 a LayerNorm in front, 2 an RMSNorm, 0 none; `WHOLE` is a power of two of elements that cover the row.
+    `row_ptr` holds two inputs an element, `weight_ptr` int32 words, `pieces` of four words an output.
     `MASKED`: outputs or pieces do not divide into blocks. `PARTS`: groups among 128 inputs. `AHEAD`: a chunk is loaded while the
     one before it is computed. `one`: the bits of 1.0, an argument because a constant would take the instruction's only place for
     one, the mask's.
     """
     release_dependents(PDL)
-    KIND: tl.constexpr = output_ptr.dtype.element_ty
+    BRAIN: tl.constexpr = output_ptr.dtype.element_ty == tl.bfloat16
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = column < columns
     piece = tl.arange(0, BLOCK_PIECES)
@@ -271,11 +217,6 @@ def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-t
         if GROUPED:
             factor_scale = _load(scale_ptr + factor_group, valid, 0.0, MASKED).to(tl.float32)
     wait_for_inputs(PDL)
-    mean, rate = 0.0, 1.0
-    if NORM > 0:
-        mean, rate = _statistics(
-            row_ptr, pieces * (8 if BITS == 8 else 16), epsilon, WHOLE, tl.bfloat16 == KIND, NORM
-        )
     total = tl.zeros((BLOCK_PIECES, BLOCK_COLUMNS), dtype=tl.float32)
     factor = tl.zeros((BLOCK_PIECES, BLOCK_COLUMNS), dtype=tl.float32)
     for start in range(0, pieces, BLOCK_PIECES):
@@ -283,7 +224,7 @@ def quantized_row_kernel(  # noqa: C901 - one kernel; its branches are compile-t
         known = here < pieces
         valid = known[:, None] & inside[None, :]
         now = group + start // 4 * PARTS
-        raw = _inputs(row_ptr, norm_ptr, shift_ptr, mean, rate, here, known, BITS, KIND, NORM, MASKED)
+        raw = _inputs(row_ptr, here, known, BITS, BRAIN, MASKED)
         if AHEAD:
             # The next chunk is on its way while this one is computed.
             then = here + BLOCK_PIECES

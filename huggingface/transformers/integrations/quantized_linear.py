@@ -18,7 +18,6 @@ from torch import nn
 from ..quantizers.packing import RUN, WeightFormat, dequantize, pair, quantize, runs
 from .dequantize import dense
 from .fused_norm import add_norm
-from .gemv import norm_arguments
 from .quantized_gemv import quantized_row_kernel
 from .quantized_linear_kernels import quantized_rows_kernel
 from .quantized_linear_tiles import Product, RowsTile, RowTile, choose_tile
@@ -27,8 +26,6 @@ from .triton_support import interpreting, overlaps_launches, triton, unavailable
 
 MANY_ROWS = 256
 """Rows above which the weights are read back and the vendor's library multiplies."""
-NORM_INSIDE = 4096
-"""Inputs up to which the kernel for one row normalises them itself."""
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 
@@ -161,16 +158,14 @@ def quantized_linear(
     if rows.dtype not in DTYPES or unavailable(rows.device) is not None:
         rows = rows if norm is None else norm(rows)
         return finish(_plain_product(rows, weight, bias), activation, gated, residual)
-    tile = None
-    if count <= MANY_ROWS:
-        tile = choose_tile(rows.device, Product(weight.kind, count, weight.outputs, weight.inner, gated))
-    if norm is not None and not (isinstance(tile, RowTile) and _normalises(norm, rows)):
-        (rows, _), norm = add_norm(rows, None, norm), None
-    if tile is None:
+    if norm is not None:
+        rows, _ = add_norm(rows, None, norm)
+    if count > MANY_ROWS:
         read_back = dense(weight.tensors(), weight.kind, weight.inner, rows.dtype)
         return finish(F.linear(rows, read_back, bias), activation, gated, residual)
+    tile = choose_tile(rows.device, Product(weight.kind, count, weight.outputs, weight.inner, gated))
     output = rows.new_empty(*rows.shape[:-1], weight.outputs // (2 if gated else 1))
-    launch(tile, rows.contiguous(), weight, bias, ACTIVATIONS[activation], gated, residual, output, norm)
+    launch(tile, rows.contiguous(), weight, bias, ACTIVATIONS[activation], gated, residual, output)
     return output
 
 
@@ -183,22 +178,13 @@ def launch(
     gated: bool,
     residual: torch.Tensor | None,
     output: torch.Tensor,
-    norm: nn.Module | None = None,
 ) -> None:
-    """Writes a product to `output`, on a kernel and in blocks that a tile names; other arguments as `quantized_linear`'s.
-
-    Only the kernel for one row takes a norm, and only one for which :func:`_normalises` holds.
-    """
+    """Writes a product to `output`, on a kernel and in blocks that a tile names; other arguments as `quantized_linear`'s."""
     given = (rows, weight, bias, activation, gated, residual, output)
     if isinstance(tile, RowTile):
-        _launch_row(tile, *given, norm)
+        _launch_row(tile, *given)
     else:
         _launch_rows(tile, *given)
-
-
-def _normalises(norm: Any, row: torch.Tensor) -> bool:
-    """Returns whether the kernel for one row normalises it itself: it is short, and the norm's parameters are of its dtype."""
-    return row.shape[-1] <= NORM_INSIDE and norm.weight.dtype == row.dtype
 
 
 def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -235,28 +221,22 @@ def _epilogue(rows, weight: QuantizedWeight, bias, residual, output) -> tuple[to
 
 
 def _launch_row(
-    tile: RowTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output, norm=None
+    tile: RowTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output
 ) -> None:
     columns = output.shape[-1]
     words = weight.weight.view(torch.int32)
     pieces = words.shape[1] // 4
-    kind, norm_weight, norm_bias, epsilon = norm_arguments(norm, rows)
     quantized_row_kernel[(triton.cdiv(columns, tile.columns),)](
         _aligned(rows).view(torch.int32),
         words,
         *_epilogue(rows, weight, bias, residual, output),
-        norm_weight.view(torch.int32),
-        norm_bias.view(torch.int32),
         columns,
         pieces,
         ONE,
-        epsilon,
         BLOCK_COLUMNS=tile.columns,
         BLOCK_PIECES=tile.pieces,
         MASKED=columns % tile.columns != 0 or pieces % tile.pieces != 0,
         AHEAD=tile.ahead,
-        NORM=kind,
-        WHOLE=triton.next_power_of_2(weight.inner // 2),
         num_warps=tile.warps,
         **_shared(weight, bias, activation, gated, residual),
     )

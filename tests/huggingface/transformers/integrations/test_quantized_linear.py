@@ -12,7 +12,6 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from huggingface.transformers.integrations import quantized_linear as module
-from huggingface.transformers.integrations.gemv import WIDEST_NORM
 from huggingface.transformers.integrations.quantized_linear import (
     MANY_ROWS,
     QuantizedLinear,
@@ -50,8 +49,6 @@ def arguments(rows, columns, inner, kind, gated=False, bias=False, residual=Fals
     torch.manual_seed(rows + inner)
     weight = torch.randn(columns * (2 if gated else 1), inner) * inner**-0.5
     layer = {"layer": nn.LayerNorm, "rms": LlamaRMSNorm}[norm](inner) if norm else None
-    for parameter in layer.parameters() if layer else ():
-        nn.init.normal_(parameter, mean=0.5)
     return {
         "rows": torch.randn(1, rows, inner),
         "weight": QuantizedWeight.of(weight, kind),
@@ -123,34 +120,6 @@ def test_every_epilogue(kind, gated, activation, rows):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_norm_in_front(rows, norm):
     check_loss(arguments(rows, 20, 70, WeightFormat(4, 32), norm=norm, residual=True), activation="gelu_tanh")
-
-
-@needs_kernels
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("pieces", [8, 64])
-@pytest.mark.parametrize("kind", FORMATS, ids=str)
-def test_a_norm_inside(kind, pieces, norm, monkeypatch):
-    """Of rows that fill the words that cover them or do not, in one chunk and in several; nothing else is launched."""
-    monkeypatch.setattr(module, "add_norm", None)
-    monkeypatch.setattr(module, "choose_tile", lambda *product: RowTile(4, pieces, 1, False))
-    for inner, gated in ((512, False), (640, False), (384, True)):
-        given = arguments(1, 9, inner, kind, gated, bias=not gated, residual=True, norm=norm)
-        given["rows"] = given["rows"] * 3 + 1  # so that a mean or variance left out would show
-        check_loss(given, activation="silu" if gated else "gelu_tanh", gated=gated)
-
-
-@needs_kernels
-@pytest.mark.parametrize("inner, dtype", [(WIDEST_NORM + 128, torch.float16), (256, torch.float32)])
-def test_a_norm_that_the_kernel_leaves_to_another(inner, dtype, monkeypatch):
-    """Of a row that is too wide, or whose parameters are of another dtype than the row."""
-    calls: list[int] = []
-    original = module.add_norm
-    monkeypatch.setattr(module, "add_norm", lambda *given: calls.append(1) or original(*given))
-    given = cast(arguments(1, 3, inner, INT8, norm="rms"), torch.float16)
-    given["norm"].to(dtype)
-    got = quantized_linear(**given)
-    torch.testing.assert_close(got, quantized_linear_reference(**given).half(), atol=2e-2, rtol=2e-2)
-    assert calls
 
 
 @needs_kernels
@@ -254,17 +223,12 @@ def test_the_module_holds_what_checkpoints_hold():
 
 
 def check_compiled(monkeypatch, shapes, rows, kinds, dtypes, capabilities) -> None:
-    """Compiles each distinct kernel of these products, one row's also behind a LayerNorm, and asserts that it fits the card."""
+    """Compiles each distinct kernel of these products and asserts that it fits the card."""
     pytest.importorskip("triton")
     kernels: list[tuple] = []
-    for (columns, inner, gated), count, kind, dtype, normed in itertools.product(
-        shapes, rows, kinds, dtypes, (False, True)
-    ):
-        if normed and (count > 1 or inner > WIDEST_NORM):
-            continue
-        norm = nn.LayerNorm(inner, device="meta", dtype=dtype) if normed else None
+    for (columns, inner, gated), count, kind, dtype in itertools.product(shapes, rows, kinds, dtypes):
 
-        def call(columns=columns, inner=inner, gated=gated, count=count, kind=kind, dtype=dtype, norm=norm):
+        def call(columns=columns, inner=inner, gated=gated, count=count, kind=kind, dtype=dtype):
             def empty(*sizes, of=dtype):
                 return torch.empty(sizes, dtype=of, device="meta")
 
@@ -275,7 +239,7 @@ def check_compiled(monkeypatch, shapes, rows, kinds, dtypes, capabilities) -> No
             )
             quantized_linear(
                 empty(1, count, inner), weight, None if gated else empty(columns), "silu" if gated else "gelu_tanh",
-                gated, empty(1, count, columns), norm,
+                gated, empty(1, count, columns),
             )  # fmt: skip
 
         name = "quantized_row_kernel" if count == 1 else "quantized_rows_kernel"
@@ -307,14 +271,3 @@ def test_on_the_gpu_at_real_sizes(kind, rows, dtype):
         activation = "silu" if gated else "gelu_tanh"
         first = check_loss(given, dtype, activation=activation, gated=gated)
         assert torch.equal(first, check_loss(given, dtype, activation=activation, gated=gated))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("kind", FORMATS, ids=str)
-def test_a_norm_inside_on_the_gpu(kind, norm, dtype, monkeypatch):
-    monkeypatch.setattr(module, "add_norm", None)
-    for columns, inner, gated in ((2304, 768, False), (8192, 2048, False), (14336, 4096, True)):
-        given = arguments(1, columns, inner, kind, gated, bias=not gated, norm=norm)
-        check_loss(given, dtype, activation="silu" if gated else "gelu_tanh", gated=gated)
