@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from types import TracebackType
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # ships no type information
-from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
+from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]  # as above
 
 from benchmark import metrics
 from benchmark.plan import Turn

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -155,9 +156,8 @@ def compile_all(compilers: Compilers, models: Sequence[str], device: torch.devic
                 rows = torch.empty(1, most, shape.inner, device=device, dtype=torch.bfloat16)
                 product = Product(kind, most, shape.outputs, shape.inner, shape.gated)
                 for tile in candidates(product):
-                    futures[product, tile] = compilers.compile(
-                        lambda t=tile, r=rows, w=weight, g=shape.gated: run_tile(t, r, w, g)  # type: ignore[misc]
-                    )
+                    call = partial(run_tile, tile, rows, weight, shape.gated)
+                    futures[product, tile] = compilers.compile(call)
     return futures
 
 
