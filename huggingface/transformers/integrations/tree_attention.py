@@ -23,18 +23,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
+from huggingface.transformers.integrations.rotary import apply_rotary_, apply_rotary_reference_
+from huggingface.transformers.integrations.row_attention import (
+    padded,
+    processors,
+    row_attention,
+    serves,
+    workspace_sizes,
+)
 from huggingface.transformers.integrations.tree_attention_kernel import tree_attention_kernel
 from huggingface.transformers.integrations.triton_support import unavailable
 
 KEYS_PER_SPLIT = 128
 """Fewer keys than this at full capacity are not worth a program and a part to merge."""
-
-INTERPRETED_PROCESSORS = 16
-"""Stands in for the number of multiprocessors in the interpreter, whose programs run one after the other."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,8 @@ class _Partition:
     parts: int
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _padded(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return padded(head_dim, 16)
 
 
 def _partition(
@@ -114,7 +111,7 @@ def _partition(
     row_blocks = -(-packed // block_rows)
     # Merging the parts of a block is one program's work: large blocks want fewer programs and more keys in a part.
     waves, keys = (3, KEYS_PER_SPLIT) if block_rows < 64 else (2, 4 * KEYS_PER_SPLIT)
-    room = waves * _processors(device) // (batch * kv_heads * row_blocks)
+    room = waves * processors(device) // (batch * kv_heads * row_blocks)
     # A power of two keeps the number of compiled variants small when the number of rows varies (prefill).
     parts = 1 << (max(1, min(room, slots // keys + 1)).bit_length() - 1)
     return _Partition(block_rows, row_blocks, parts)
@@ -161,14 +158,10 @@ class AttentionWorkspace:
     ) -> AttentionWorkspace:
         """Returns the workspace of steps of at most `rows` rows (nodes and streams) over `slots` slots, of any dtype."""
         # Not the longest step needs most: it has so many blocks that its keys are not split.
-        steps = ((count, itemsize) for count in range(1, rows + 1) for itemsize in (2, 4))
         sizes = [
-            cls._sizes(
-                _partition(batch, count, heads, kv_heads, head_dim, slots, itemsize, device),
-                batch * kv_heads,
-                head_dim,
-            )
-            for count, itemsize in steps
+            _workspace_sizes(batch, count, heads, kv_heads, head_dim, slots, itemsize, device)
+            for count in range(1, rows + 1)
+            for itemsize in (2, 4)
         ]
         blocks, elements = (max(size) for size in zip(*sizes, strict=True))
         return cls(
@@ -176,21 +169,39 @@ class AttentionWorkspace:
             torch.zeros(blocks, dtype=torch.int32, device=device),
         )
 
-    @staticmethod
-    def _sizes(partition: _Partition, planes: int, head_dim: int) -> tuple[int, int]:
-        if partition.parts == 1:
-            return 0, 0
-        blocks = planes * partition.row_blocks
-        return blocks, blocks * partition.parts * partition.block_rows * (_padded(head_dim) + 2)
-
-    def check(self, partition: _Partition, planes: int, head_dim: int) -> None:
+    def check(self, blocks: int, elements: int) -> None:
         """Raises `ValueError` if the workspace is too small for a step."""
-        blocks, elements = self._sizes(partition, planes, head_dim)
         if self.arrivals.numel() < blocks or self.partials.numel() < elements:
             raise ValueError(
                 f"the workspace has {self.arrivals.numel()} blocks and {self.partials.numel()} elements, the step needs "
                 f"{blocks} and {elements}; make it with AttentionWorkspace.for_step for the largest step"
             )
+
+
+def _alone(rows: int, heads: int, kv_heads: int) -> bool:
+    """Returns whether the kernel for one row serves a step of so many rows."""
+    return rows == 1 and serves(heads, kv_heads)
+
+
+def _workspace_sizes(
+    batch: int,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    slots: int,
+    itemsize: int,
+    device: torch.device,
+) -> tuple[int, int]:
+    """Returns the blocks and the float32 numbers of a step's parts."""
+    planes = batch * kv_heads
+    if _alone(rows, heads, kv_heads):
+        return workspace_sizes(planes, heads // kv_heads, head_dim, slots, device)
+    partition = _partition(batch, rows, heads, kv_heads, head_dim, slots, itemsize, device)
+    if partition.parts == 1:
+        return 0, 0
+    blocks = planes * partition.row_blocks
+    return blocks, blocks * partition.parts * partition.block_rows * (_padded(head_dim) + 2)
 
 
 def tree_attention_reference(
@@ -203,10 +214,14 @@ def tree_attention_reference(
     window: int | None = None,
     workspace: AttentionWorkspace | None = None,
     out: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    settled: bool = False,
 ) -> torch.Tensor:
     """Does what `tree_attention` does, batch row by batch row in plain PyTorch; reads the lengths on the host."""
     batch, kv_heads, slots, head_dim = keys.shape
     heads = projected.shape[-1] // head_dim - 2 * kv_heads
+    if rotary is not None:
+        apply_rotary_reference_(projected, *rotary, heads, kv_heads)
     result = torch.empty_like(projected[..., : heads * head_dim]) if out is None else out
     for b in range(batch):
         length = min(int(lengths[b]), slots)
@@ -264,6 +279,8 @@ def tree_attention(
     window: int | None = None,
     workspace: AttentionWorkspace | None = None,
     out: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    settled: bool = False,
 ) -> torch.Tensor:
     """Returns the attention output of a step's rows and writes the node rows' keys and values into the cache.
 
@@ -273,7 +290,7 @@ def tree_attention(
 
     Args:
         projected: (batch, rows, (heads + 2 * kv_heads) * head_dim), query, key and value of the rows side by side, contiguous;
-            float16, bfloat16 or float32. Keys are rotated already.
+            float16, bfloat16 or float32. Not to be read afterwards: queries and keys may have been rotated in place.
         keys: (batch, kv_heads, slots, head_dim) of the same dtype, the last dimension contiguous. Written in place: node row i
             goes to slot length + i, if there is one.
         values: Likewise.
@@ -283,6 +300,9 @@ def tree_attention(
         window: A row sees keys at most `window - 1` positions behind it; `None`: all.
         workspace: Buffers for parts; made if not given.
         out: (batch, rows, heads * head_dim), contiguous, to write to; made if not given.
+        rotary: cosines and sines as `apply_rotary_` takes them, for queries and keys that are not rotated yet.
+        settled: lengths and committed rows were written before the kernel in front of this one started, so that they may be read
+            while it runs.
 
     Raises:
         ValueError: The workspace is too small, or shapes do not fit.
@@ -297,19 +317,25 @@ def tree_attention(
     device = projected.device
     if unavailable(device) is not None:
         return tree_attention_reference(
-            projected, keys, values, lengths, rows, scaling, window, workspace, out
+            projected, keys, values, lengths, rows, scaling, window, workspace, out, rotary
         )
     if out is None:
         out = projected.new_empty(batch, rows.total, heads * head_dim)
     if workspace is None:
         workspace = AttentionWorkspace.for_step(batch, rows.total, heads, kv_heads, head_dim, slots, device)
-    itemsize = projected.dtype.itemsize
-    partition = _partition(batch, rows.total, heads, kv_heads, head_dim, slots, itemsize, device)
-    workspace.check(partition, batch * kv_heads, head_dim)
+    itemsize, scale = projected.dtype.itemsize, scaling * math.log2(math.e)
+    size = (batch, rows.total, heads, kv_heads, head_dim, slots, itemsize, device)
+    workspace.check(*_workspace_sizes(*size))
+    buffers = workspace.partials, workspace.arrivals
+    if _alone(rows.total, heads, kv_heads):
+        row_attention(projected, keys, values, lengths, scale, window, rotary, settled, *buffers, out)
+        return out
+    if rotary is not None:
+        apply_rotary_(projected, *rotary, heads, kv_heads)
+    partition = _partition(*size)
     block_keys, warps, stages = _tiles(partition.block_rows, head_dim, itemsize)
     tree_attention_kernel[(partition.parts * partition.row_blocks, kv_heads, batch)](
-        projected, keys, values, lengths, rows.ancestors, rows.depths, rows.anchors, out, workspace.partials, workspace.arrivals,
-        rows.nodes, rows.total, slots, scaling * math.log2(math.e),
+        projected, keys, values, lengths, rows.ancestors, rows.depths, rows.anchors, out, *buffers, rows.nodes, rows.total, slots, scale,
         *keys.stride()[:3], *values.stride()[:3],
         TREE=rows.ancestors is not None, STREAMS=rows.streams, WINDOW=window or 0, GROUP=heads // kv_heads,
         HEAD_DIM=head_dim, WIDTH=_padded(head_dim), PARTS=partition.parts, BLOCK_M=partition.block_rows, BLOCK_N=block_keys,

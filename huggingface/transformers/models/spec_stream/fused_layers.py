@@ -24,7 +24,6 @@ from ...integrations import fused_norm
 from ...integrations.fused_norm import add_norm
 from ...integrations.packed_linear import PACKED, outputs_first
 from ...integrations.quantized_linear import QuantizedLinear, QuantizedWeight, quantized_linear
-from ...integrations.rotary import apply_rotary_
 from ...integrations.skinny_linear import finish, linear, runs_here
 from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
 
@@ -272,12 +271,11 @@ class FusedLayers:
             layer, slots = self.layers[index], cache.layers[index]
             rows_in, hidden, norm = _enter(hidden, update, layer.norm)
             projected = layer.project.apply(rows_in, streams, norm=norm)
-            if rotary is not None:
-                cos, sin = rotary
-                apply_rotary_(projected, cos, sin, self.heads(slots, projected), slots.keys.shape[1])
+            # No kernel of these layers writes lengths or committed rows.
             attended = tree_attention(
-                projected, slots.keys, slots.values, lengths, rows, layer.scaling, layer.window, workspace
-            )
+                projected, slots.keys, slots.values, lengths, rows, layer.scaling, layer.window, workspace,
+                rotary=rotary, settled=True,
+            )  # fmt: skip
             # Few rows: the product adds the residual. Many: the library's product cannot, the next norm does.
             hidden, update = self._add(layer.output, attended, hidden, streams)
             rows_in, hidden, norm = _enter(hidden, update, layer.mlp_norm)
@@ -286,12 +284,6 @@ class FusedLayers:
             )
             hidden, update = self._add(layer.contract, inner, hidden, streams)
         return hidden, update
-
-    @staticmethod
-    def heads(slots: Any, projected: torch.Tensor) -> int:
-        """Returns the number of query heads in a q/k/v product."""
-        kv_heads, size = slots.keys.shape[1], slots.keys.shape[3]
-        return projected.shape[2] // size - 2 * kv_heads
 
     @staticmethod
     def _add(

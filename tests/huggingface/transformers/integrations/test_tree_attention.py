@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from huggingface.transformers.integrations import row_attention as row_module
 from huggingface.transformers.integrations import tree_attention as module
 from huggingface.transformers.integrations.tree_attention import (
     AttentionWorkspace,
@@ -35,6 +36,7 @@ SPLIT_SLOTS = 200  # enough keys for parts of their own
 def _small_parts(monkeypatch):
     """Parts of so few keys that a small cache has several."""
     monkeypatch.setattr(module, "KEYS_PER_SPLIT", 64)
+    monkeypatch.setattr(row_module, "LEAST_KEYS", 64)
 
 
 def tree(*parents: list[int], streams: int = 0) -> StepRows:
@@ -67,6 +69,8 @@ class Step:
     rows: StepRows
     window: int | None = None
     scaling: float = 0.3
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    settled: bool = False
 
     def run(self, attention=tree_attention, workspace=None):
         """Returns output, keys and values after the step; the step itself stays as it is."""
@@ -74,8 +78,9 @@ class Step:
             cache.clone(memory_format=torch.preserve_format) for cache in (self.keys, self.values)
         )
         out = attention(
-            self.projected, keys, values, self.lengths, self.rows, self.scaling, self.window, workspace
-        )
+            self.projected.clone(), keys, values, self.lengths, self.rows, self.scaling, self.window, workspace,
+            rotary=self.rotary, settled=self.settled,
+        )  # fmt: skip
         return out, keys, values
 
     def to(self, dtype: torch.dtype) -> Step:
@@ -87,8 +92,9 @@ class Step:
         )
 
     def assert_like_reference(self) -> None:
+        # The order of a sum is the processor's own, in the reference too: 2.6e-6 was seen with heads of 128.
         for got, expected in zip(self.run(), self.run(tree_attention_reference), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def step(rows, lengths, heads=1, kv_heads=1, head_dim=16, slots=40, dtype=torch.float32, window=None) -> Step:
@@ -201,6 +207,34 @@ def test_grouped_heads(group):
     step(sequence(1), [90], heads=2 * group, kv_heads=2, slots=SPLIT_SLOTS).assert_like_reference()
 
 
+@pytest.mark.parametrize("group", [1, 3, 5])
+@pytest.mark.parametrize("shared", [False, True])
+def test_queries_and_keys_are_rotated(group, shared):
+    """Part of a head's columns turn with a partner in its other half; so do those of the key that the cache gets."""
+    for rows in (sequence(1), tree([-1, 0, 0], [-1, 0, 1], streams=2)):
+        one = step(rows, [150, 3], 2 * group, 2, 80, slots=SPLIT_SLOTS)
+        angles = torch.randn(1 if shared else 2, rows.total, 80, device=DEVICE)
+        rotated = replace(one, rotary=(angles.cos(), angles.sin()))
+        rotated.assert_like_reference()
+        assert not torch.allclose(rotated.run()[0], one.run()[0], atol=1e-3)
+
+
+def test_reading_the_cache_early_changes_nothing():
+    one = step(sequence(1), [150, 3], 2, 2, slots=SPLIT_SLOTS)
+    for early, late in zip(replace(one, settled=True).run(), one.run(), strict=True):
+        assert torch.equal(early, late)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_row_in_half_precision(dtype):
+    angles = torch.randn(2, 1, 64, device=DEVICE)
+    one = step(sequence(1), [150, 7], 4, 2, 64, slots=SPLIT_SLOTS, dtype=dtype)
+    one = replace(one, rotary=(angles.cos(), angles.sin()))
+    exact = one.to(torch.float32).run(tree_attention_reference)[0]
+    loss = (one.run(tree_attention_reference)[0] - exact).abs().max()
+    assert (one.run()[0] - exact).abs().max() <= 2 * loss
+
+
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128])
 def test_head_dims(head_dim):
     rows = tree([-1, 0, 0, 1], streams=1)
@@ -278,9 +312,13 @@ def test_keys_are_split_only_where_there_are_many():
     def parts(rows, slots):
         return module._partition(1, rows, 1, 1, 16, slots, 4, torch.device("cpu")).parts
 
-    assert parts(1, 63) == 1
-    assert parts(1, SPLIT_SLOTS) > 2
+    assert parts(2, 63) == 1
+    assert parts(2, SPLIT_SLOTS) > 2
     assert parts(5000, SPLIT_SLOTS) == 1
+    cpu = torch.device("cpu")
+    assert row_module.choose_parts(1, 63, cpu) == 1
+    assert row_module.choose_parts(1, SPLIT_SLOTS, cpu) > 1
+    assert row_module.choose_parts(1000, SPLIT_SLOTS, cpu) == 1
 
 
 def test_a_row_that_sees_nothing_gives_zeros():
@@ -323,7 +361,7 @@ def test_faults_are_named():
 STRIDES = [
     f"{cache}_{dimension}_stride" for cache in ("key", "value") for dimension in ("batch", "head", "slot")
 ]
-SHAPES = {"1 row": (1, False, 0), "tree": (33, True, 4), "sequence": (256, False, 4)}
+SHAPES = {"1 node": (1, True, 4), "tree": (33, True, 4), "sequence": (256, False, 4)}
 
 
 def kernel_for(kind: str, head_dim: int, shape: str, group: int = 1, window: int = 0) -> tuple:
@@ -342,10 +380,27 @@ def kernel_for(kind: str, head_dim: int, shape: str, group: int = 1, window: int
         "BLOCK_N": block_keys,
     }  # fmt: skip
     absent = {"anchors"} if is_tree else {"ancestors", "depths"} | (set() if streams else {"anchors"})
-    constants |= dict.fromkeys(absent) | ({"nodes": 1, "rows": 1} if rows == 1 else {})
+    constants |= dict.fromkeys(absent) | ({"nodes": 1} if nodes == 1 else {})
     numbers = dict.fromkeys(("nodes", "rows", "slots", *STRIDES), "i32") | {"scale": "fp32"}
     place = "huggingface.transformers.integrations.tree_attention_kernel"
     return place, "tree_attention_kernel", pointers | numbers, constants, warps, stages, STRIDES
+
+
+def row_kernel_for(
+    kind: str, head_dim: int, group: int = 1, window: int = 0, settled: bool = True, parts: int = 16
+) -> tuple:
+    """Returns what `compile_kernels` takes for one row, as the launcher has it."""
+    pointers = dict.fromkeys(("projected", "keys", "values", "out"), f"*{kind}")
+    pointers |= {"cos": "*fp32", "sin": "*fp32", "lengths": "*i64", "partials": "*fp32", "arrivals": "*i32"}
+    constants = {
+        "ROTARY": group > 1, "WINDOW": window, "GROUP": group, "LINES": row_module.padded(group, 1), "HEAD_DIM": head_dim,
+        "WIDTH": row_module.padded(head_dim, 16), "PARTS": parts, "SETTLED": settled,
+        "BLOCK": row_module.block_keys(4 if kind == "fp32" else 2, group),
+    }  # fmt: skip
+    numbers = dict.fromkeys(("slots", *STRIDES), "i32") | {"scale": "fp32"}
+    constants |= {"cos_batch_stride": 0, "sin_batch_stride": 0}
+    place = "huggingface.transformers.integrations.row_attention"
+    return place, "row_attention_kernel", pointers | numbers, constants, row_module.WARPS, 3, STRIDES
 
 
 def assert_fits(kernels: list[tuple], capabilities=(80, 86, 90)) -> None:
@@ -357,6 +412,7 @@ def assert_fits(kernels: list[tuple], capabilities=(80, 86, 90)) -> None:
 def test_compiles_without_spills():
     """The narrowest cases: most columns, most rows, least shared memory; all others are slow to compile."""
     assert_fits([kernel_for("bf16", 128, "tree"), kernel_for("fp32", 128, "tree")], (86, 90))
+    assert_fits([row_kernel_for(kind, 128, group) for kind in ("bf16", "fp32") for group in (1, 4)])
 
 
 @pytest.mark.slow
@@ -366,4 +422,6 @@ def test_every_kind_compiles_without_spills(kind):
     kernels += [kernel_for(kind, 64, shape, window=256) for shape in SHAPES]
     kernels += [kernel_for(kind, 80, shape, window=256) for shape in SHAPES]
     kernels += [kernel_for(kind, 128, shape, group=3) for shape in SHAPES]
+    kernels += [row_kernel_for(kind, head_dim, group) for head_dim in (64, 80, 128) for group in (1, 2, 3)]
+    kernels += [row_kernel_for(kind, 80, window=256), row_kernel_for(kind, 128, 4, settled=False, parts=1)]
     assert_fits(kernels)
