@@ -1,11 +1,14 @@
-"""Attention of a single new row a sequence: a step of plain decoding.
+"""Attention of a single new row a sequence, with as many key heads as query heads: a step of plain decoding.
 
 One query leaves the tensor cores nothing to do, and the keys of a few hundred tokens are read in less time than a kernel takes to
 start. So nothing is staged in shared memory: a program asks for the keys and values of its part at once, in registers, and where
 the step allows it before the kernel in front has made the query. Rotary embedding is applied on the way: to the query in every
 program, to the new key in the one that writes it.
 
-How parts are merged is told in `tree_attention.py`, which uses this kernel for steps of one row.
+Several query heads of a key head do keep a tensor core busy: four took 7.5 us in an earlier form of this kernel that knew groups,
+and 6.6 in `tree_attention_kernel.py` (H200, 320 keys, 8 key heads).
+
+`tree_attention.py` tells how parts are merged, and uses this kernel for steps of one row.
 """
 
 from __future__ import annotations
@@ -18,9 +21,7 @@ from .triton_support import jit, overlaps_launches, release_dependents, tl, wait
 
 INTERPRETED_PROCESSORS = 16
 """Stands in for the number of multiprocessors in the interpreter, whose programs run one after the other."""
-LARGEST_GROUP = 4
-"""Query heads of a key head beyond which their products are worth a tensor core."""
-LEAST_KEYS, MOST_PARTS = 32, 16
+LEAST_KEYS, MOST_PARTS = 64, 16
 """Keys that are worth a part at full capacity, and parts that one program merges."""
 WARPS = 4
 
@@ -33,35 +34,26 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def serves(heads: int, kv_heads: int) -> bool:
-    """Returns whether the kernel is made for so many query heads a key head."""
-    return heads <= LARGEST_GROUP * kv_heads
+def padded(head_dim: int) -> int:
+    """Returns the power of two that covers a head."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def block_keys(itemsize: int, group: int) -> int:
+def block_keys(itemsize: int) -> int:
     """Returns the keys that a program holds at a time: with the next ones, what registers have room for."""
-    return 32 if itemsize == 4 or group > 2 else 64
+    return 32 if itemsize == 4 else 64
 
 
-def choose_parts(planes: int, slots: int, device: torch.device) -> int:
-    """Returns the parts that `planes` (key heads of all sequences) divide `slots` keys into, a power of two."""
-    room = min(2 * processors(device) // planes, slots // LEAST_KEYS, MOST_PARTS)
+def choose_parts(heads: int, slots: int, device: torch.device) -> int:
+    """Returns the parts that the heads of all sequences divide `slots` keys into, a power of two."""
+    room = min(2 * processors(device) // heads, slots // LEAST_KEYS, MOST_PARTS)
     return 1 << (max(1, room).bit_length() - 1)
 
 
-def workspace_sizes(
-    planes: int, group: int, head_dim: int, slots: int, device: torch.device
-) -> tuple[int, int]:
+def workspace_sizes(heads: int, head_dim: int, slots: int, device: torch.device) -> tuple[int, int]:
     """Returns the arrival counters and the float32 numbers that a launch needs."""
-    parts = choose_parts(planes, slots, device)
-    if parts == 1:
-        return 0, 0
-    return planes, planes * parts * padded(group, 1) * (padded(head_dim, 16) + 2)
-
-
-def padded(size: int, least: int) -> int:
-    """Returns the power of two that covers a size."""
-    return max(least, 1 << (size - 1).bit_length())
+    parts = choose_parts(heads, slots, device)
+    return (heads, heads * parts * (padded(head_dim) + 2)) if parts > 1 else (0, 0)
 
 
 def row_attention(
@@ -78,46 +70,49 @@ def row_attention(
     out: torch.Tensor,
 ) -> None:
     """Does what `tree_attention` does for one row a sequence, whose arguments these are but for `scale`, which holds log2(e)."""
-    batch, kv_heads, slots, head_dim = keys.shape
-    group = projected.shape[-1] // head_dim // kv_heads - 2
-    parts = choose_parts(batch * kv_heads, slots, projected.device)
+    batch, heads, slots, head_dim = keys.shape
+    parts = choose_parts(batch * heads, slots, projected.device)
     cos, sin = (lengths, lengths) if rotary is None else rotary
     pdl = overlaps_launches(projected.device)
-    row_attention_kernel[(parts, kv_heads, batch)](
+    row_attention_kernel[(parts, heads, batch)](
         projected, keys, values, lengths, cos, sin, out, partials, arrivals, slots, scale,
         *keys.stride()[:3], *values.stride()[:3], *(one.stride(0) if one.shape[0] > 1 else 0 for one in (cos, sin)),
-        ROTARY=rotary is not None, WINDOW=window or 0, GROUP=group, LINES=padded(group, 1), HEAD_DIM=head_dim,
-        WIDTH=padded(head_dim, 16), PARTS=parts, BLOCK=block_keys(projected.dtype.itemsize, group), SETTLED=settled, PDL=pdl,
-        num_warps=WARPS,
+        ROTARY=rotary is not None, WINDOW=window or 0, HEAD_DIM=head_dim, WIDTH=padded(head_dim), PARTS=parts,
+        BLOCK=block_keys(projected.dtype.itemsize), SETTLED=settled, PDL=pdl, num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
 @jit
-def _turned(value, other, cos_ptr, sin_ptr, column, inner, HALF: tl.constexpr):
-    """Returns float32 columns of heads after rotation; `other` holds each column's partner."""
-    cos = tl.load(cos_ptr + column, mask=inner, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + column, mask=inner, other=0.0).to(tl.float32)
-    return value * cos + tl.where(column < HALF, -other, other) * sin
+def rotated(value, other, cos, sin, column, HALF: tl.constexpr):
+    """Returns columns of heads after rotation, rounded as stored ones are; `other` holds each column's partner in its head."""
+    other = tl.where(column < HALF, -other.to(tl.float32), other.to(tl.float32))
+    return (value.to(tl.float32) * cos.to(tl.float32) + other * sin.to(tl.float32)).to(value.dtype)
 
 
 @jit
-def _columns(pointer, at, column, inner, cos_ptr, sin_ptr, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Returns float32 columns of heads that start `at` elements after a pointer, rotated and rounded as stored ones are."""
-    value = tl.load(pointer + at + column, mask=inner, other=0.0)
+def partner(column, HALF: tl.constexpr):
+    """Returns the columns that columns of a head turn with."""
+    return tl.where(column < HALF, column + HALF, column - HALF)
+
+
+@jit
+def _head(pointer, cos_ptr, sin_ptr, column, inner, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Returns (1, WIDTH) float32 columns of a head, rotated if asked for."""
+    value = tl.load(pointer + column, mask=inner, other=0.0)
     if ROTARY:
         HALF: tl.constexpr = HEAD_DIM // 2
-        partner = tl.where(column < HALF, column + HALF, column - HALF)
-        other = tl.load(pointer + at + partner, mask=inner, other=0.0).to(tl.float32)
-        turned = _turned(value.to(tl.float32), other, cos_ptr, sin_ptr, column, inner, HALF)
-        value = turned.to(value.dtype)
+        other = tl.load(pointer + partner(column, HALF), mask=inner, other=0.0)
+        cos = tl.load(cos_ptr + column, mask=inner, other=0.0)
+        sin = tl.load(sin_ptr + column, mask=inner, other=0.0)
+        value = rotated(value, other, cos, sin, column, HALF)
     return value.to(tl.float32)
 
 
 @jit
 def _block(plane, stride, start, end, column, inner, BLOCK: tl.constexpr):
-    """Returns (1, BLOCK, WIDTH) keys or values from slot `start` on, zeros from `end` on."""
-    place = tl.arange(0, BLOCK)[None, :, None]
+    """Returns (BLOCK, WIDTH) keys or values from slot `start` on, zeros from `end` on."""
+    place = tl.arange(0, BLOCK)[:, None]
     at = plane + tl.cast(start, tl.int64) * stride + place * stride + column
     return tl.load(at, mask=(place < end - start) & inner, other=0.0)
 
@@ -125,29 +120,25 @@ def _block(plane, stride, start, end, column, inner, BLOCK: tl.constexpr):
 @jit
 def _absorb(query, key, value, visible, scale, maximum, total, accumulator):
     """Returns maximum, sum and unnormalised output after one more block of keys, as in `tree_attention_kernel`."""
-    scores = tl.where(visible, tl.sum(key.to(tl.float32) * query, 2) * scale, float("-inf"))
-    raised = tl.maximum(maximum, tl.max(scores, 1))
+    scores = tl.where(visible, tl.sum(key.to(tl.float32) * query, 1) * scale, float("-inf"))
+    raised = tl.maximum(maximum, tl.max(scores, 0))
     origin = tl.where(raised == float("-inf"), 0.0, raised)
-    weights = tl.exp2(scores - origin[:, None])
+    weights = tl.exp2(scores - origin)
     fade = tl.exp2(maximum - origin)
-    total = total * fade + tl.sum(weights, 1)
-    accumulator = accumulator * fade[:, None] + tl.sum(weights[:, :, None] * value.to(tl.float32), 1)
-    return raised, total, accumulator
+    accumulator = accumulator * fade + tl.sum(weights[:, None] * value.to(tl.float32), 0)
+    return raised, total * fade + tl.sum(weights, 0), accumulator
 
 
 @jit
-def _merge(numbers, line, width, PARTS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
+def _merge(partials, width, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """Returns the sum and the unnormalised output of all parts."""
-    PART: tl.constexpr = LINES * (WIDTH + 2)
-    part = tl.arange(0, PARTS)[:, None] * PART + line[None, :]
-    maxima = tl.load(numbers + LINES * WIDTH + part, cache_modifier=".cg")
-    totals = tl.load(numbers + LINES * (WIDTH + 1) + part, cache_modifier=".cg")
-    at = tl.arange(0, PARTS)[:, None, None] * PART + line[None, :, None] * WIDTH + width[None, None, :]
-    outputs = tl.load(numbers + at, cache_modifier=".cg")
-    highest = tl.max(maxima, 0)
-    origin = tl.where(highest == float("-inf"), 0.0, highest)
-    fade = tl.exp2(maxima - origin[None, :])
-    return tl.sum(totals * fade, 0), tl.sum(outputs * fade[:, :, None], 0)
+    part = tl.arange(0, PARTS) * (WIDTH + 2)
+    maxima = tl.load(partials + WIDTH + part, cache_modifier=".cg")
+    totals = tl.load(partials + WIDTH + 1 + part, cache_modifier=".cg")
+    outputs = tl.load(partials + part[:, None] + width[None, :], cache_modifier=".cg")
+    # The part of the row's own key always has a maximum.
+    fade = tl.exp2(maxima - tl.max(maxima, 0))
+    return tl.sum(totals * fade, 0), tl.sum(outputs * fade[:, None], 0)
 
 
 @jit
@@ -155,23 +146,23 @@ def row_attention_kernel(
     projected, keys, values, lengths, cos, sin, out, partials, arrivals, slots, scale,
     key_batch_stride, key_head_stride, key_slot_stride, value_batch_stride, value_head_stride, value_slot_stride,
     cos_batch_stride, sin_batch_stride,
-    ROTARY: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, SETTLED: tl.constexpr, PDL: tl.constexpr,
+    ROTARY: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, SETTLED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attends the query heads of one key head to one part of the committed keys. Grid: (parts, key heads, batch).
+    """Attends one head of one sequence to one part of the committed keys. Grid: (parts, heads, batch).
 
     Part 0 also has the row's own key, which it writes to the cache. `SETTLED`: keys are read before the kernel in front is done.
     """
     release_dependents(PDL)
     if not SETTLED:
         wait_for_inputs(PDL)
-    part, kv_head, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    part, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch_row = tl.program_id(2).to(tl.int64)
-    line, width = tl.arange(0, LINES), tl.arange(0, WIDTH)
-    column = width[None, None, :]
+    width = tl.arange(0, WIDTH)
+    column = width[None, :]
     inner = column < HEAD_DIM
-    key_plane = keys + batch_row * key_batch_stride + kv_head.to(tl.int64) * key_head_stride
-    value_plane = values + batch_row * value_batch_stride + kv_head.to(tl.int64) * value_head_stride
+    key_plane = keys + batch_row * key_batch_stride + head.to(tl.int64) * key_head_stride
+    value_plane = values + batch_row * value_batch_stride + head.to(tl.int64) * value_head_stride
     length = tl.load(lengths + batch_row).to(tl.int32)
     committed = tl.minimum(length, slots)
     lowest = 0
@@ -185,16 +176,13 @@ def row_attention_kernel(
     if SETTLED:
         wait_for_inputs(PDL)
 
-    row = projected + batch_row * kv_heads * (GROUP + 2) * HEAD_DIM
+    row = projected + (batch_row * 3 * heads + head) * HEAD_DIM
     cos += batch_row * cos_batch_stride
     sin += batch_row * sin_batch_stride
-    # Lines past the group repeat its last head and are never stored.
-    head = kv_head * GROUP + tl.minimum(line, GROUP - 1)
-    query = _columns(row, (head * HEAD_DIM)[:, None, None], column, inner, cos, sin, ROTARY, HEAD_DIM)
-    maximum = tl.full([LINES], float("-inf"), tl.float32)
-    total = tl.zeros([LINES], tl.float32)
-    accumulator = tl.zeros([LINES, WIDTH], tl.float32)
-    places = tl.arange(0, BLOCK)[None, :]
+    query = _head(row, cos, sin, column, inner, ROTARY, HEAD_DIM)
+    maximum, total = float("-inf"), 0.0
+    accumulator = tl.zeros([WIDTH], tl.float32)
+    places = tl.arange(0, BLOCK)
     for start in range(first, end, BLOCK):
         # The next block is on its way while this one is computed.
         next_key = _block(key_plane, key_slot_stride, start + BLOCK, end, column, inner, BLOCK)
@@ -203,32 +191,32 @@ def row_attention_kernel(
         maximum, total, accumulator = _absorb(query, key, value, visible, scale, maximum, total, accumulator)
         key, value = next_key, next_value
     if part == 0:
-        fresh = row + (kv_heads * GROUP + kv_head) * HEAD_DIM
-        own_key = _columns(fresh, 0, column, inner, cos, sin, ROTARY, HEAD_DIM)
-        own_value = _columns(fresh, kv_heads * HEAD_DIM, column, inner, cos, sin, False, HEAD_DIM)
-        seen = tl.zeros([1, 1], tl.int32) == 0
+        own_key = _head(row + heads * HEAD_DIM, cos, sin, column, inner, ROTARY, HEAD_DIM)
+        own_value = _head(row + 2 * heads * HEAD_DIM, cos, sin, column, inner, False, HEAD_DIM)
+        seen = tl.zeros([1], tl.int32) == 0
         maximum, total, accumulator = _absorb(
             query, own_key, own_value, seen, scale, maximum, total, accumulator
         )
         kept = inner & (length < slots)
         slot = length.to(tl.int64)
-        kind = keys.dtype.element_ty
-        tl.store(key_plane + slot * key_slot_stride + column, own_key.to(kind), mask=kept)
-        tl.store(value_plane + slot * value_slot_stride + column, own_value.to(kind), mask=kept)
+        tl.store(key_plane + slot * key_slot_stride + column, own_key.to(keys.dtype.element_ty), mask=kept)
+        tl.store(
+            value_plane + slot * value_slot_stride + column, own_value.to(values.dtype.element_ty), mask=kept
+        )
 
-    stored = (line < GROUP)[:, None] & (width < HEAD_DIM)[None, :]
-    out += (batch_row * kv_heads * GROUP + head)[:, None] * HEAD_DIM + width[None, :]
+    out += (batch_row * heads + head) * HEAD_DIM + width
+    complete = True
     if PARTS > 1:
-        plane = batch_row * kv_heads + kv_head
-        partials += plane * PARTS * LINES * (WIDTH + 2)
-        numbers = partials + part * LINES * (WIDTH + 2)
-        tl.store(numbers + line[:, None] * WIDTH + width[None, :], accumulator)
-        tl.store(numbers + LINES * WIDTH + line, maximum)
-        tl.store(numbers + LINES * (WIDTH + 1) + line, total)
+        plane = batch_row * heads + head
+        partials += plane * PARTS * (WIDTH + 2)
+        numbers = partials + part * (WIDTH + 2)
+        tl.store(numbers + width, accumulator)
+        tl.store(numbers + WIDTH, maximum)
+        tl.store(numbers + WIDTH + 1, total)
         tl.debug_barrier()
-        if tl.atomic_add(arrivals + plane, 1, sem="acq_rel") == PARTS - 1:
-            total, accumulator = _merge(partials, line, width, PARTS, LINES, WIDTH)
-            tl.store(out, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=stored)
+        complete = tl.atomic_add(arrivals + plane, 1, sem="acq_rel") == PARTS - 1
+        if complete:
+            total, accumulator = _merge(partials, width, PARTS, WIDTH)
             tl.store(arrivals + plane, 0)
-    else:
-        tl.store(out, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=stored)
+    if complete:
+        tl.store(out, (accumulator / total).to(out.dtype.element_ty), mask=width < HEAD_DIM)

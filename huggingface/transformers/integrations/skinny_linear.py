@@ -26,6 +26,7 @@ from .gemv import WIDEST_NORM, activate, gemv
 from .triton_support import (
     jit,
     overlaps_launches,
+    prefetch,
     release_dependents,
     tl,
     triton,
@@ -234,19 +235,6 @@ def _launch(rows, weight, bias, activation, gated, residual, output) -> None:
 
 
 @jit
-def _prefetch(pointers):
-    """Asks for the cache lines at (rows, lines) pointers to be brought to the second-level cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@jit
 def _linear_kernel(  # noqa: C901 - one kernel; its branches are compile-time
     input_ptr,
     weight_ptr,
@@ -287,9 +275,9 @@ def _linear_kernel(  # noqa: C901 - one kernel; its branches are compile-time
         # Clamped instead of masked: the instruction takes no mask.
         line = tl.minimum(start + tl.arange(0, LINES) * 64, inner - 1)
         inside = tl.minimum(column, columns - 1).to(tl.int64)
-        _prefetch(weight_ptr + inside[:, None] * inner + line[None, :])
+        prefetch(weight_ptr + inside[:, None] * inner + line[None, :])
         if GATED:
-            _prefetch(weight_ptr + (inside[:, None] + columns) * inner + line[None, :])
+            prefetch(weight_ptr + (inside[:, None] + columns) * inner + line[None, :])
     wait_for_inputs(PDL)
     total = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)
     gate = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)

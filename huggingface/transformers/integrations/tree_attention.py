@@ -31,11 +31,10 @@ from huggingface.transformers.integrations.row_attention import (
     padded,
     processors,
     row_attention,
-    serves,
     workspace_sizes,
 )
 from huggingface.transformers.integrations.tree_attention_kernel import tree_attention_kernel
-from huggingface.transformers.integrations.triton_support import unavailable
+from huggingface.transformers.integrations.triton_support import overlaps_launches, unavailable
 
 KEYS_PER_SPLIT = 128
 """Fewer keys than this at full capacity are not worth a program and a part to merge."""
@@ -84,10 +83,6 @@ class _Partition:
     parts: int
 
 
-def _padded(head_dim: int) -> int:
-    return padded(head_dim, 16)
-
-
 def _partition(
     batch: int,
     rows: int,
@@ -103,9 +98,9 @@ def _partition(
     # than few large ones; a long prompt computes, and rather shares its keys. (H200, 320 and 1,500 committed keys, heads of 128:
     # 40 rows take 8.9 us in blocks of 16 and 15.4 us in blocks of 64. 224 rows, 400 keys: 13.9 us in blocks of 64 and 21.4 in
     # blocks of 32 with heads of 128, but 10.2 in blocks of 32 with heads of 64.)
-    large = 128 if _padded(head_dim) > 64 else 256
+    large = 128 if padded(head_dim) > 64 else 256
     block_rows = 16 if packed <= 64 else 32 if packed < large else 64
-    if itemsize == 4 and _padded(head_dim) > 64:
+    if itemsize == 4 and padded(head_dim) > 64:
         # Float32 has no tensor core and keeps whole operands in registers.
         block_rows = min(block_rows, 32)
     row_blocks = -(-packed // block_rows)
@@ -119,7 +114,7 @@ def _partition(
 
 def _tiles(block_rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:
     """Returns the keys of a block, the warps of a program and the stages of its pipeline: the largest that spill no registers."""
-    width = _padded(head_dim)
+    width = padded(head_dim)
     if itemsize == 4:
         if block_rows == 16:
             return (32, 4, 2) if width <= 64 else (16, 4, 2)
@@ -131,6 +126,11 @@ def _tiles(block_rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int
         return 32, 4, 3
     # Three stages of keys and values fit the 99 KB of sm_86 up to a width of 64.
     return 64, 4, 3 if width <= 64 else 2
+
+
+def _turns(block_rows: int, itemsize: int) -> bool:
+    """Returns whether the kernel rotates queries and keys itself: where registers suffice and few programs do it again."""
+    return block_rows == 16 and itemsize == 2
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class AttentionWorkspace:
 
 def _alone(rows: int, heads: int, kv_heads: int) -> bool:
     """Returns whether the kernel for one row serves a step of so many rows."""
-    return rows == 1 and serves(heads, kv_heads)
+    return rows == 1 and heads == kv_heads
 
 
 def _workspace_sizes(
@@ -196,12 +196,12 @@ def _workspace_sizes(
     """Returns the blocks and the float32 numbers of a step's parts."""
     planes = batch * kv_heads
     if _alone(rows, heads, kv_heads):
-        return workspace_sizes(planes, heads // kv_heads, head_dim, slots, device)
+        return workspace_sizes(planes, head_dim, slots, device)
     partition = _partition(batch, rows, heads, kv_heads, head_dim, slots, itemsize, device)
     if partition.parts == 1:
         return 0, 0
     blocks = planes * partition.row_blocks
-    return blocks, blocks * partition.parts * partition.block_rows * (_padded(head_dim) + 2)
+    return blocks, blocks * partition.parts * partition.block_rows * (padded(head_dim) + 2)
 
 
 def tree_attention_reference(
@@ -330,15 +330,20 @@ def tree_attention(
     if _alone(rows.total, heads, kv_heads):
         row_attention(projected, keys, values, lengths, scale, window, rotary, settled, *buffers, out)
         return out
-    if rotary is not None:
-        apply_rotary_(projected, *rotary, heads, kv_heads)
     partition = _partition(*size)
+    turns = rotary is not None and _turns(partition.block_rows, itemsize)
+    if rotary is not None and not turns:
+        apply_rotary_(projected, *rotary, heads, kv_heads)
+    cos, sin = rotary if rotary is not None and turns else (projected, projected)
     block_keys, warps, stages = _tiles(partition.block_rows, head_dim, itemsize)
+    pdl = overlaps_launches(device)
     tree_attention_kernel[(partition.parts * partition.row_blocks, kv_heads, batch)](
-        projected, keys, values, lengths, rows.ancestors, rows.depths, rows.anchors, out, *buffers, rows.nodes, rows.total, slots, scale,
-        *keys.stride()[:3], *values.stride()[:3],
+        projected, keys, values, lengths, rows.ancestors, rows.depths, rows.anchors, cos, sin, out, *buffers,
+        rows.nodes, rows.total, slots, scale,
+        *keys.stride()[:3], *values.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         TREE=rows.ancestors is not None, STREAMS=rows.streams, WINDOW=window or 0, GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim, WIDTH=_padded(head_dim), PARTS=partition.parts, BLOCK_M=partition.block_rows, BLOCK_N=block_keys,
-        num_warps=warps, num_stages=stages,
+        HEAD_DIM=head_dim, WIDTH=padded(head_dim), PARTS=partition.parts, BLOCK_M=partition.block_rows, BLOCK_N=block_keys,
+        ROTARY=turns, SETTLED=settled, PDL=pdl, num_warps=warps, num_stages=stages,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

@@ -75,3 +75,16 @@ def wait_for_inputs(PDL: tl.constexpr):
     """Waits until all earlier kernels have finished and their writes are visible."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def prefetch(pointers):
+    """Asks for the cache lines at pointers to be brought to the second-level cache; on a GPU only."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
