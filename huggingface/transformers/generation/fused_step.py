@@ -92,6 +92,7 @@ class FusedStep:
         # Held here: a graph knows nothing but addresses.
         biased = self.nodes > 1 and model.streams.config.transition_rank
         self.tables = model.transition_tables() if biased else (None, None)
+        self.turns = self._turns(slots + self.streams + self.depth)
         self.logits = torch.empty(0)
         self.stream_states: torch.Tensor | None = None
 
@@ -111,6 +112,15 @@ class FusedStep:
         rows = [[*ranks, *[ranks[-1]] * beam][:beam] for ranks in rank_accuracy(self.model)[: self.streams]]
         shares = torch.tensor(rows, dtype=torch.float32).clamp_min(LEAST_SHARE)
         return shares.cummin(dim=1).values.log().to(device)
+
+    def _turns(self, positions: int) -> torch.Tensor | None:
+        """Returns (positions, 2, head_dim) cosines and sines, `None` where positions are learned.
+
+        Upstream computes them in some ten kernels a step; here a step looks them up.
+        """
+        like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
+        rotary = self.model.rotary(like, torch.arange(positions, device=like.device)[None])
+        return None if rotary is None else torch.stack(rotary, dim=2)[0]
 
     def prepare_prefill(self, seq: int) -> None:
         """Makes what prompts of `seq` tokens need and a captured graph must not make."""
@@ -217,8 +227,12 @@ class FusedStep:
         return self._run(layers, hidden, update, positions, lengths, rows)
 
     def _run(self, layers, hidden, update, positions, lengths, rows: StepRows):
+        turns = None
+        if self.turns is not None and layers:
+            cos, sin = self.turns[positions].unbind(2)
+            turns = cos, sin
         workspace = self.workspaces[rows.nodes]
-        return self.layers.run(layers, hidden, update, positions, lengths, rows, self.cache, workspace)
+        return self.layers.run(layers, hidden, update, turns, lengths, rows, self.cache, workspace)
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         head = self.model.get_output_embeddings()

@@ -247,7 +247,7 @@ class FusedLayers:
         indices: Iterable[int],
         hidden: torch.Tensor,
         update: torch.Tensor | None,
-        positions: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         lengths: torch.Tensor,
         rows: StepRows,
         cache: Any,
@@ -259,13 +259,12 @@ class FusedLayers:
             indices: layers to run.
             hidden: (batch, rows, hidden) residual stream.
             update: (batch, rows, hidden) still to be added to it, or `None`.
-            positions: (batch, rows) int64.
+            rotary: cosines and sines of the rows' positions, (batch, rows, head_dim); `None` where positions are learned.
             lengths: (batch,) int64 committed rows.
             rows: who sees whom.
             cache: its layers hold `keys` and `values`.
             workspace: of the attention.
         """
-        rotary = self.model.rotary(hidden, positions)
         streams = hidden.shape[1] - rows.nodes
         for index in indices:
             layer, slots = self.layers[index], cache.layers[index]

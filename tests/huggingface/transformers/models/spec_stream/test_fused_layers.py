@@ -54,7 +54,8 @@ class Walk:
         )
 
     def run(self, indices, hidden, update, positions, lengths, rows):
-        return self.layers.run(indices, hidden, update, positions, lengths, rows, self.cache, self.space)
+        rotary = self.model.rotary(hidden, positions)
+        return self.layers.run(indices, hidden, update, rotary, lengths, rows, self.cache, self.space)
 
     def whole(self, tokens, positions, lengths, rows, with_streams):
         """Returns states after the last norm; `with_streams` says what follows the rows below the stream layers."""
