@@ -1,12 +1,11 @@
-"""Attention of a single new row a sequence, with as many key heads as query heads: a step of plain decoding.
+"""Attention of a single new row a sequence: a step of plain decoding.
 
 One query leaves the tensor cores nothing to do, and the keys of a few hundred tokens are read in less time than a kernel takes to
 start. So nothing is staged in shared memory: a program asks for the keys and values of its part at once, in registers, and where
 the step allows it before the kernel in front has made the query. Rotary embedding is applied on the way: to the query in every
 program, to the new key in the one that writes it.
 
-Several query heads of a key head do keep a tensor core busy: four took 7.5 us in an earlier form of this kernel that knew groups,
-and 6.6 in `tree_attention_kernel.py` (H200, 320 keys, 8 key heads).
+A program has one query head. Heads that share a key head read it again, but find it in the second-level cache.
 
 `tree_attention.py` tells how parts are merged, and uses this kernel for steps of one row.
 """
@@ -21,9 +20,12 @@ from .triton_support import jit, overlaps_launches, release_dependents, tl, wait
 
 INTERPRETED_PROCESSORS = 16
 """Stands in for the number of multiprocessors in the interpreter, whose programs run one after the other."""
-LEAST_KEYS, MOST_PARTS = 64, 16
+LEAST_KEYS, MOST_PARTS = 32, 16
 """Keys that are worth a part at full capacity, and parts that one program merges."""
-WARPS = 4
+PROGRAMS = 4
+"""Programs of a multiprocessor at most, on average: they are small."""
+MOST_READ_AGAIN = 4096
+"""Slots of a cache up to which heads that share a key head read it each for themselves."""
 
 
 @cache
@@ -39,14 +41,23 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def block_keys(itemsize: int) -> int:
-    """Returns the keys that a program holds at a time: with the next ones, what registers have room for."""
-    return 32 if itemsize == 4 else 64
+def serves(group: int, slots: int) -> bool:
+    """Returns whether this kernel is the one for `group` query heads a key head and a cache of so many slots."""
+    return group == 1 or slots <= MOST_READ_AGAIN
+
+
+def tile(itemsize: int) -> tuple[int, int]:
+    """Returns the keys that a program holds at a time, with as many on their way, and its warps.
+
+    32 keys, 2 warps and up to 16 parts were among the fastest of a dozen settings in steps of GPT-Neo-1.3B's and 125M's shapes (H200,
+    320 keys).
+    """
+    return (32, 4) if itemsize == 4 else (32, 2)
 
 
 def choose_parts(heads: int, slots: int, device: torch.device) -> int:
-    """Returns the parts that the heads of all sequences divide `slots` keys into, a power of two."""
-    room = min(2 * processors(device) // heads, slots // LEAST_KEYS, MOST_PARTS)
+    """Returns the parts that the query heads of all sequences divide `slots` keys into, a power of two."""
+    room = min(PROGRAMS * processors(device) // heads, slots // LEAST_KEYS, MOST_PARTS)
     return 1 << (max(1, room).bit_length() - 1)
 
 
@@ -70,42 +81,32 @@ def row_attention(
     out: torch.Tensor,
 ) -> None:
     """Does what `tree_attention` does for one row a sequence, whose arguments these are but for `scale`, which holds log2(e)."""
-    batch, heads, slots, head_dim = keys.shape
-    parts = choose_parts(batch * heads, slots, projected.device)
+    batch, kv_heads, slots, head_dim = keys.shape
+    group = projected.shape[-1] // head_dim // kv_heads - 2
+    parts = choose_parts(batch * kv_heads * group, slots, projected.device)
+    block, warps = tile(projected.dtype.itemsize)
     cos, sin = (lengths, lengths) if rotary is None else rotary
     pdl = overlaps_launches(projected.device)
-    row_attention_kernel[(parts, heads, batch)](
+    row_attention_kernel[(parts, kv_heads * group, batch)](
         projected, keys, values, lengths, cos, sin, out, partials, arrivals, slots, scale,
         *keys.stride()[:3], *values.stride()[:3], *(one.stride(0) if one.shape[0] > 1 else 0 for one in (cos, sin)),
-        ROTARY=rotary is not None, WINDOW=window or 0, HEAD_DIM=head_dim, WIDTH=padded(head_dim), PARTS=parts,
-        BLOCK=block_keys(projected.dtype.itemsize), SETTLED=settled, PDL=pdl, num_warps=WARPS,
-        **({"launch_pdl": True} if pdl else {}),
+        ROTARY=rotary is not None, WINDOW=window or 0, GROUP=group, HEAD_DIM=head_dim, WIDTH=padded(head_dim), PARTS=parts,
+        BLOCK=block, SETTLED=settled, PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
 @jit
-def rotated(value, other, cos, sin, column, HALF: tl.constexpr):
-    """Returns columns of heads after rotation, rounded as stored ones are; `other` holds each column's partner in its head."""
-    other = tl.where(column < HALF, -other.to(tl.float32), other.to(tl.float32))
-    return (value.to(tl.float32) * cos.to(tl.float32) + other * sin.to(tl.float32)).to(value.dtype)
-
-
-@jit
-def partner(column, HALF: tl.constexpr):
-    """Returns the columns that columns of a head turn with."""
-    return tl.where(column < HALF, column + HALF, column - HALF)
-
-
-@jit
 def _head(pointer, cos_ptr, sin_ptr, column, inner, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Returns (1, WIDTH) float32 columns of a head, rotated if asked for."""
+    """Returns (1, WIDTH) float32 columns of a head; `ROTARY`: rotated, and rounded as stored ones are."""
     value = tl.load(pointer + column, mask=inner, other=0.0)
     if ROTARY:
         HALF: tl.constexpr = HEAD_DIM // 2
-        other = tl.load(pointer + partner(column, HALF), mask=inner, other=0.0)
-        cos = tl.load(cos_ptr + column, mask=inner, other=0.0)
-        sin = tl.load(sin_ptr + column, mask=inner, other=0.0)
-        value = rotated(value, other, cos, sin, column, HALF)
+        partner = tl.where(column < HALF, column + HALF, column - HALF)
+        other = tl.load(pointer + partner, mask=inner, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + column, mask=inner, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + column, mask=inner, other=0.0).to(tl.float32)
+        turned = value.to(tl.float32) * cos + tl.where(column < HALF, -other, other) * sin
+        value = turned.to(value.dtype)
     return value.to(tl.float32)
 
 
@@ -146,23 +147,25 @@ def row_attention_kernel(
     projected, keys, values, lengths, cos, sin, out, partials, arrivals, slots, scale,
     key_batch_stride, key_head_stride, key_slot_stride, value_batch_stride, value_head_stride, value_slot_stride,
     cos_batch_stride, sin_batch_stride,
-    ROTARY: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr, SETTLED: tl.constexpr, PDL: tl.constexpr,
+    ROTARY: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, SETTLED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attends one head of one sequence to one part of the committed keys. Grid: (parts, heads, batch).
+    """Attends one head of one sequence to one part of the committed keys. Grid: (parts, query heads, batch).
 
-    Part 0 also has the row's own key, which it writes to the cache. `SETTLED`: keys are read before the kernel in front is done.
+    Part 0 also has the row's own key; that of a group's first head writes it to the cache. `SETTLED`: keys are read before the
+    kernel in front is done.
     """
     release_dependents(PDL)
     if not SETTLED:
         wait_for_inputs(PDL)
     part, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch_row = tl.program_id(2).to(tl.int64)
+    kv_head, kv_heads = head // GROUP, heads // GROUP
     width = tl.arange(0, WIDTH)
     column = width[None, :]
     inner = column < HEAD_DIM
-    key_plane = keys + batch_row * key_batch_stride + head.to(tl.int64) * key_head_stride
-    value_plane = values + batch_row * value_batch_stride + head.to(tl.int64) * value_head_stride
+    key_plane = keys + batch_row * key_batch_stride + kv_head.to(tl.int64) * key_head_stride
+    value_plane = values + batch_row * value_batch_stride + kv_head.to(tl.int64) * value_head_stride
     length = tl.load(lengths + batch_row).to(tl.int32)
     committed = tl.minimum(length, slots)
     lowest = 0
@@ -176,10 +179,10 @@ def row_attention_kernel(
     if SETTLED:
         wait_for_inputs(PDL)
 
-    row = projected + (batch_row * 3 * heads + head) * HEAD_DIM
+    row = projected + batch_row * (heads + 2 * kv_heads) * HEAD_DIM
     cos += batch_row * cos_batch_stride
     sin += batch_row * sin_batch_stride
-    query = _head(row, cos, sin, column, inner, ROTARY, HEAD_DIM)
+    query = _head(row + head * HEAD_DIM, cos, sin, column, inner, ROTARY, HEAD_DIM)
     maximum, total = float("-inf"), 0.0
     accumulator = tl.zeros([WIDTH], tl.float32)
     places = tl.arange(0, BLOCK)
@@ -191,13 +194,14 @@ def row_attention_kernel(
         maximum, total, accumulator = _absorb(query, key, value, visible, scale, maximum, total, accumulator)
         key, value = next_key, next_value
     if part == 0:
-        own_key = _head(row + heads * HEAD_DIM, cos, sin, column, inner, ROTARY, HEAD_DIM)
-        own_value = _head(row + 2 * heads * HEAD_DIM, cos, sin, column, inner, False, HEAD_DIM)
+        fresh = row + (heads + kv_head) * HEAD_DIM
+        own_key = _head(fresh, cos, sin, column, inner, ROTARY, HEAD_DIM)
+        own_value = _head(fresh + kv_heads * HEAD_DIM, cos, sin, column, inner, False, HEAD_DIM)
         seen = tl.zeros([1], tl.int32) == 0
         maximum, total, accumulator = _absorb(
             query, own_key, own_value, seen, scale, maximum, total, accumulator
         )
-        kept = inner & (length < slots)
+        kept = inner & (length < slots) & (head % GROUP == 0)
         slot = length.to(tl.int64)
         tl.store(key_plane + slot * key_slot_stride + column, own_key.to(keys.dtype.element_ty), mask=kept)
         tl.store(

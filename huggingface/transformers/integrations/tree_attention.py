@@ -31,10 +31,11 @@ from huggingface.transformers.integrations.row_attention import (
     padded,
     processors,
     row_attention,
+    serves,
     workspace_sizes,
 )
 from huggingface.transformers.integrations.tree_attention_kernel import tree_attention_kernel
-from huggingface.transformers.integrations.triton_support import overlaps_launches, unavailable
+from huggingface.transformers.integrations.triton_support import unavailable
 
 KEYS_PER_SPLIT = 128
 """Fewer keys than this at full capacity are not worth a program and a part to merge."""
@@ -128,11 +129,6 @@ def _tiles(block_rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int
     return 64, 4, 3 if width <= 64 else 2
 
 
-def _turns(block_rows: int, itemsize: int) -> bool:
-    """Returns whether the kernel rotates queries and keys itself: where registers suffice and few programs do it again."""
-    return block_rows == 16 and itemsize == 2
-
-
 @dataclass(frozen=True)
 class AttentionWorkspace:
     """Buffers of the parts' results. One serves any steps that are launched one after the other and are no larger.
@@ -178,11 +174,6 @@ class AttentionWorkspace:
             )
 
 
-def _alone(rows: int, heads: int, kv_heads: int) -> bool:
-    """Returns whether the kernel for one row serves a step of so many rows."""
-    return rows == 1 and heads == kv_heads
-
-
 def _workspace_sizes(
     batch: int,
     rows: int,
@@ -194,13 +185,12 @@ def _workspace_sizes(
     device: torch.device,
 ) -> tuple[int, int]:
     """Returns the blocks and the float32 numbers of a step's parts."""
-    planes = batch * kv_heads
-    if _alone(rows, heads, kv_heads):
-        return workspace_sizes(planes, head_dim, slots, device)
+    if rows == 1 and serves(heads // kv_heads, slots):
+        return workspace_sizes(batch * heads, head_dim, slots, device)
     partition = _partition(batch, rows, heads, kv_heads, head_dim, slots, itemsize, device)
     if partition.parts == 1:
         return 0, 0
-    blocks = planes * partition.row_blocks
+    blocks = batch * kv_heads * partition.row_blocks
     return blocks, blocks * partition.parts * partition.block_rows * (padded(head_dim) + 2)
 
 
@@ -301,8 +291,8 @@ def tree_attention(
         workspace: Buffers for parts; made if not given.
         out: (batch, rows, heads * head_dim), contiguous, to write to; made if not given.
         rotary: cosines and sines as `apply_rotary_` takes them, for queries and keys that are not rotated yet.
-        settled: lengths and committed rows were written before the kernel in front of this one started, so that they may be read
-            while it runs.
+        settled: lengths and committed rows were written before the kernel in front of this one started, so that a single row may
+            read them while that runs.
 
     Raises:
         ValueError: The workspace is too small, or shapes do not fit.
@@ -327,23 +317,19 @@ def tree_attention(
     size = (batch, rows.total, heads, kv_heads, head_dim, slots, itemsize, device)
     workspace.check(*_workspace_sizes(*size))
     buffers = workspace.partials, workspace.arrivals
-    if _alone(rows.total, heads, kv_heads):
+    if rows.total == 1 and serves(heads // kv_heads, slots):
         row_attention(projected, keys, values, lengths, scale, window, rotary, settled, *buffers, out)
         return out
-    partition = _partition(*size)
-    turns = rotary is not None and _turns(partition.block_rows, itemsize)
-    if rotary is not None and not turns:
+    if rotary is not None:
         apply_rotary_(projected, *rotary, heads, kv_heads)
-    cos, sin = rotary if rotary is not None and turns else (projected, projected)
+    partition = _partition(*size)
     block_keys, warps, stages = _tiles(partition.block_rows, head_dim, itemsize)
-    pdl = overlaps_launches(device)
     tree_attention_kernel[(partition.parts * partition.row_blocks, kv_heads, batch)](
-        projected, keys, values, lengths, rows.ancestors, rows.depths, rows.anchors, cos, sin, out, *buffers,
+        projected, keys, values, lengths, rows.ancestors, rows.depths, rows.anchors, out, *buffers,
         rows.nodes, rows.total, slots, scale,
-        *keys.stride()[:3], *values.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
+        *keys.stride()[:3], *values.stride()[:3],
         TREE=rows.ancestors is not None, STREAMS=rows.streams, WINDOW=window or 0, GROUP=heads // kv_heads,
         HEAD_DIM=head_dim, WIDTH=padded(head_dim), PARTS=partition.parts, BLOCK_M=partition.block_rows, BLOCK_N=block_keys,
-        ROTARY=turns, SETTLED=settled, PDL=pdl, num_warps=warps, num_stages=stages,
-        **({"launch_pdl": True} if pdl else {}),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -5,20 +5,14 @@ The query heads of a kv head's group lie side by side in the block (packed row =
 values are read once for all of them. Running maximum, sum and unnormalised output of the rows go from one block of keys to the
 next as in FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1), in powers of two; the parts are merged the same way.
 
-It starts when the kernel in front of it has finished, not before: started early (see `triton_support`), its programs crowd onto
-the multiprocessors that happen to be free, which made a plain step of a 125M model 16 % slower.
+It starts when the kernel in front of it has finished, and the kernel behind it likewise. Started early (see `triton_support`), its
+programs crowd onto the multiprocessors that happen to be free, and those of the product behind it take their place on others: a
+step with a tree of 32 nodes took 6 % longer with both, 3 % with the latter alone (H200, GPT-Neo-1.3B's shape).
 """
 
 from __future__ import annotations
 
-from huggingface.transformers.integrations.row_attention import partner, rotated
-from huggingface.transformers.integrations.triton_support import (
-    jit,
-    prefetch,
-    release_dependents,
-    tl,
-    wait_for_inputs,
-)
+from huggingface.transformers.integrations.triton_support import jit, tl
 
 
 @jit
@@ -30,48 +24,6 @@ def _place(row, nodes, anchor, TREE: tl.constexpr, STREAMS: tl.constexpr):
     if TREE:
         return tl.where(beyond < 0, row, beyond // STREAMS), tl.where(beyond < 0, 0, beyond % STREAMS + 1)
     return tl.where(beyond < 0, row, anchor), tl.where(beyond < 0, 0, beyond + 1)
-
-
-@jit
-def _turned(pointers, cos, sin, at, mask, columns, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Returns rows of heads; `ROTARY`: rotated by the cosines and sines that lie `at` elements behind the pointers to them."""
-    value = tl.load(pointers, mask=mask, other=0.0)
-    if ROTARY:
-        HALF: tl.constexpr = HEAD_DIM // 2
-        other = tl.load(pointers + (partner(columns, HALF) - columns), mask=mask, other=0.0)
-        cosines = tl.load(cos + at, mask=mask, other=0.0)
-        value = rotated(value, other, cosines, tl.load(sin + at, mask=mask, other=0.0), columns, HALF)
-    return value
-
-
-@jit
-def _share(length, slots, nearest, part, WINDOW: tl.constexpr, PARTS: tl.constexpr):
-    """Returns a part's first slot and the one past its last; none for part 0 unless it is the only one.
-
-    `nearest`: how far behind the others the row block's first row stands, at most 0.
-    """
-    committed = tl.minimum(length, slots)
-    lowest = 0
-    if WINDOW > 0:
-        lowest = tl.minimum(tl.maximum(length + nearest - WINDOW + 1, 0), committed)
-    first, end = lowest, committed
-    if PARTS > 1:
-        span = tl.cdiv(committed - lowest, PARTS - 1)
-        first = tl.where(part == 0, committed, lowest + (part - 1) * span)
-        end = tl.minimum(first + span, committed)
-    return first, end
-
-
-@jit
-def _prefetch_slots(plane, stride, first, end, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Asks for slots `first` to `end` of a head's keys or values."""
-    LINE: tl.constexpr = 1024 // plane.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = (WIDTH + LINE - 1) // LINE
-    line = tl.arange(0, LINES) * LINE
-    for start in range(first, end, BLOCK_N):
-        # Clamped instead of masked: the instruction takes no mask.
-        slot = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
-        prefetch(plane + slot.to(tl.int64)[:, None] * stride + line[None, :])
 
 
 @jit
@@ -96,7 +48,15 @@ def _absorb_committed(
     WINDOW: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Absorbs this part's share of the committed rows; there is none for part 0 unless it is the only one."""
-    first, end = _share(length, slots, tl.min(offset, 0), part, WINDOW, PARTS)
+    committed = tl.minimum(length, slots)
+    lowest = 0
+    if WINDOW > 0:
+        lowest = tl.minimum(tl.maximum(length + tl.min(offset, 0) - WINDOW + 1, 0), committed)
+    first, end = lowest, committed
+    if PARTS > 1:
+        span = tl.cdiv(committed - lowest, PARTS - 1)
+        first = tl.where(part == 0, committed, lowest + (part - 1) * span)
+        end = tl.minimum(first + span, committed)
     columns = tl.arange(0, BLOCK_N)
     for start in range(first, end, BLOCK_N):
         inside = columns < end - start
@@ -116,9 +76,8 @@ def _absorb_committed(
 @jit
 def _absorb_step(
     query, fresh_keys, fresh_values, row_size, paths, depths, anchor, nodes, rows, first_row, part,
-    row, node, stream, offset, scale, maximum, total, accumulator, inner, columns, cos, sin, turn_stride,
+    row, node, stream, offset, scale, maximum, total, accumulator, inner,
     TREE: tl.constexpr, STREAMS: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Absorbs the step's own keys, in part 0: blocks of the nodes some row may see, then blocks of such streams."""
     first_node, end_node, first_stream = 0, nodes, nodes
@@ -144,9 +103,7 @@ def _absorb_step(
         key_row = start + tl.arange(0, BLOCK_N)
         inside = key_row < tl.where(of_nodes, end_node, rows)
         loaded = inside[:, None] & inner
-        turns = (key_row * turn_stride)[:, None]
-        fresh = fresh_keys + (key_row * row_size)[:, None]
-        key = _turned(fresh, cos, sin, turns, loaded, columns, ROTARY, HEAD_DIM)
+        key = tl.load(fresh_keys + (key_row * row_size)[:, None], mask=loaded, other=0.0)
         value = tl.load(fresh_values + (key_row * row_size)[:, None], mask=loaded, other=0.0)
         key_node, key_stream = _place(key_row, nodes, anchor, TREE, STREAMS)
         key_offset = key_node + key_stream
@@ -204,21 +161,13 @@ def _merge(partials, stored, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: 
 
 @jit
 def tree_attention_kernel(
-    projected, keys, values, lengths, ancestors, depths, anchors, cos, sin, out, partials, arrivals,
+    projected, keys, values, lengths, ancestors, depths, anchors, out, partials, arrivals,
     nodes, rows, slots, scale,
     key_batch_stride, key_head_stride, key_slot_stride, value_batch_stride, value_head_stride, value_slot_stride,
-    turn_batch_stride, turn_row_stride,
     TREE: tl.constexpr, STREAMS: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTARY: tl.constexpr,
-    SETTLED: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attends one block of rows of one kv head to one part of the keys. Grid: (row blocks * parts, kv heads, batch).
-
-    `SETTLED`: committed keys are asked for before the kernel in front is done.
-    """
-    release_dependents(PDL)
-    if not SETTLED:
-        wait_for_inputs(PDL)
+    """Attends one block of rows of one kv head to one part of the keys. Grid: (row blocks * parts, kv heads, batch)."""
     part = tl.program_id(0) % PARTS
     row_blocks = tl.num_programs(0) // PARTS
     # The last rows of a sequence have the most keys, so they start first.
@@ -234,27 +183,15 @@ def tree_attention_kernel(
     queries = projected + batch_row * rows * row_size + columns
     fresh_keys = queries + (kv_heads * GROUP + kv_head) * HEAD_DIM
     fresh_values = fresh_keys + kv_heads * HEAD_DIM
-    key_plane = keys + batch_row * key_batch_stride + kv_head.to(tl.int64) * key_head_stride
-    value_plane = values + batch_row * value_batch_stride + kv_head.to(tl.int64) * value_head_stride
-    length = tl.load(lengths + batch_row).to(tl.int32)
-    if SETTLED:
-        if PDL:
-            first, end = _share(length, slots, 0, part, WINDOW, PARTS)
-            _prefetch_slots(key_plane, key_slot_stride, first, end, WIDTH, BLOCK_N)
-            _prefetch_slots(value_plane, value_slot_stride, first, end, WIDTH, BLOCK_N)
-        wait_for_inputs(PDL)
-    key_plane += columns
-    value_plane += columns
-    cos += batch_row * turn_batch_stride + columns
-    sin += batch_row * turn_batch_stride + columns
+    key_plane = keys + batch_row * key_batch_stride + kv_head.to(tl.int64) * key_head_stride + columns
+    value_plane = values + batch_row * value_batch_stride + kv_head.to(tl.int64) * value_head_stride + columns
     paths, node_depths = ancestors, depths
     if TREE:
         paths += batch_row * nodes
         node_depths += batch_row * nodes
 
-    turns = (row * turn_row_stride)[:, None]
-    asking = queries + (row * row_size + head * HEAD_DIM)[:, None]
-    query = _turned(asking, cos, sin, turns, inner, columns, ROTARY, HEAD_DIM)
+    query = tl.load(queries + (row * row_size + head * HEAD_DIM)[:, None], mask=inner, other=0.0)
+    length = tl.load(lengths + batch_row).to(tl.int32)
     anchor = 0
     if STREAMS > 0 and not TREE:
         anchor = tl.load(anchors + batch_row).to(tl.int32)
@@ -273,8 +210,7 @@ def tree_attention_kernel(
     )  # fmt: skip
     maximum, total, accumulator = _absorb_step(
         query, fresh_keys, fresh_values, row_size, paths, node_depths, anchor, nodes, rows, row_block * BLOCK_M // GROUP, part,
-        row, node, stream, offset, scale, maximum, total, accumulator, inner, columns, cos, sin, turn_row_stride,
-        TREE, STREAMS, WINDOW, PARTS, BLOCK_N, ROTARY, HEAD_DIM,
+        row, node, stream, offset, scale, maximum, total, accumulator, inner, TREE, STREAMS, WINDOW, PARTS, BLOCK_N,
     )  # fmt: skip
 
     slot = length.to(tl.int64) + row
@@ -282,8 +218,9 @@ def tree_attention_kernel(
         # Every row has one packed row that belongs to the first head of the group; that one writes.
         kept = ((packed % GROUP == 0) & (packed < nodes * GROUP) & (slot < slots))[:, None] & inner
         fresh = (row * row_size)[:, None]
-        key = _turned(fresh_keys + fresh, cos, sin, turns, kept, columns, ROTARY, HEAD_DIM)
-        tl.store(key_plane + slot[:, None] * key_slot_stride, key, mask=kept)
+        tl.store(
+            key_plane + slot[:, None] * key_slot_stride, tl.load(fresh_keys + fresh, mask=kept), mask=kept
+        )
         tl.store(
             value_plane + slot[:, None] * value_slot_stride,
             tl.load(fresh_values + fresh, mask=kept),

@@ -217,7 +217,6 @@ def test_queries_and_keys_are_rotated(group, shared):
         rotated = replace(one, rotary=(angles.cos(), angles.sin()))
         rotated.assert_like_reference()
         assert not torch.allclose(rotated.run()[0], one.run()[0], atol=1e-3)
-        # In half precision the kernel of several rows does it itself.
         half = rotated.to(torch.float16)
         exact = half.to(torch.float32).run(tree_attention_reference)
         plain = half.run(tree_attention_reference)
@@ -379,42 +378,31 @@ def kernel_for(kind: str, head_dim: int, shape: str, group: int = 1, window: int
     block_keys, warps, stages = module._tiles(partition.block_rows, head_dim, itemsize)
     pointers = dict.fromkeys(("projected", "keys", "values", "out"), f"*{kind}")
     pointers |= {"lengths": "*i64", "ancestors": "*i64", "depths": "*i32", "anchors": "*i64"}
-    pointers |= {"partials": "*fp32", "arrivals": "*i32", "cos": f"*{kind}", "sin": f"*{kind}"}
+    pointers |= {"partials": "*fp32", "arrivals": "*i32"}
     constants = {
-        "ROTARY": module._turns(partition.block_rows, itemsize) and not window, "SETTLED": True, "turn_batch_stride": 0,
         "TREE": is_tree, "STREAMS": streams, "WINDOW": window, "GROUP": group, "HEAD_DIM": head_dim,
         "WIDTH": module.padded(head_dim), "PARTS": 2 if shape == "sequence" else 8, "BLOCK_M": partition.block_rows,
         "BLOCK_N": block_keys,
     }  # fmt: skip
     absent = {"anchors"} if is_tree else {"ancestors", "depths"} | (set() if streams else {"anchors"})
     constants |= dict.fromkeys(absent) | ({"nodes": 1} if nodes == 1 else {})
-    numbers = dict.fromkeys(("nodes", "rows", "slots", *STRIDES, "turn_row_stride"), "i32") | {
-        "scale": "fp32"
-    }
+    numbers = dict.fromkeys(("nodes", "rows", "slots", *STRIDES), "i32") | {"scale": "fp32"}
     place = "huggingface.transformers.integrations.tree_attention_kernel"
-    return (
-        place,
-        "tree_attention_kernel",
-        pointers | numbers,
-        constants,
-        warps,
-        stages,
-        (*STRIDES, "turn_row_stride"),
-    )
+    return place, "tree_attention_kernel", pointers | numbers, constants, warps, stages, STRIDES
 
 
 def row_kernel_for(kind: str, head_dim: int, window: int = 0, settled: bool = True, parts: int = 16) -> tuple:
     """Returns what `compile_kernels` takes for one row, as the launcher has it."""
+    block, warps = row_module.tile(4 if kind == "fp32" else 2)
     pointers = dict.fromkeys(("projected", "keys", "values", "out"), f"*{kind}")
     pointers |= {"cos": "*fp32", "sin": "*fp32", "lengths": "*i64", "partials": "*fp32", "arrivals": "*i32"}
     constants = {
-        "ROTARY": not window, "WINDOW": window, "HEAD_DIM": head_dim, "WIDTH": module.padded(head_dim), "PARTS": parts,
-        "SETTLED": settled, "BLOCK": row_module.block_keys(4 if kind == "fp32" else 2), "cos_batch_stride": 0,
-        "sin_batch_stride": 0,
+        "ROTARY": not window, "WINDOW": window, "GROUP": 1, "HEAD_DIM": head_dim, "WIDTH": module.padded(head_dim),
+        "PARTS": parts, "SETTLED": settled, "BLOCK": block, "cos_batch_stride": 0, "sin_batch_stride": 0,
     }  # fmt: skip
     numbers = dict.fromkeys(("slots", *STRIDES), "i32") | {"scale": "fp32"}
     place = "huggingface.transformers.integrations.row_attention"
-    return place, "row_attention_kernel", pointers | numbers, constants, row_module.WARPS, 3, STRIDES
+    return place, "row_attention_kernel", pointers | numbers, constants, warps, 3, STRIDES
 
 
 def assert_fits(kernels: list[tuple], capabilities=(80, 86, 90)) -> None:
