@@ -5,7 +5,7 @@ The query heads of a kv head's group lie side by side in the block (packed row =
 values are read once for all of them. Running maximum, sum and unnormalised output of the rows go from one block of keys to the
 next as in FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1), in powers of two; the parts are merged the same way.
 
-It starts when the kernel in front of it has finished, and the kernel behind it likewise. Started early (see `triton_support`), its
+It starts when the kernel in front of it has finished, and so does the kernel behind it. Started early (see `triton_support`), its
 programs crowd onto the multiprocessors that happen to be free, and those of the product behind it take their place on others: a
 step with a tree of 32 nodes took 6 % longer with both, 3 % with the latter alone (H200, GPT-Neo-1.3B's shape).
 """
