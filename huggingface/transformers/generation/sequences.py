@@ -59,11 +59,13 @@ class Sequences:
         self.limit = limit
         self.input_ids = input_ids
         rows = input_ids.tolist()
-        masks = attention_mask.tolist() if attention_mask is not None else [[1] * len(row) for row in rows]
-        self._prompts = [
-            [token for token, kept in zip(row, mask, strict=True) if kept]
-            for row, mask in zip(rows, masks, strict=True)
-        ]
+        self._prompts = rows
+        if attention_mask is not None:
+            masks = attention_mask.tolist()
+            self._prompts = [
+                [token for token, kept in zip(row, mask, strict=True) if kept]
+                for row, mask in zip(rows, masks, strict=True)
+            ]
         self._inputs = rows
         self.prompt_lengths = [len(prompt) for prompt in self._prompts]
         for index, length in enumerate(self.prompt_lengths):
@@ -82,9 +84,11 @@ class Sequences:
     def prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (batch, longest) prompts padded on the right, so that slot and position agree, and their (batch,) lengths."""
         longest = max(self.prompt_lengths)
+        lengths = torch.tensor(self.prompt_lengths, device=self.input_ids.device)
+        if min(self.prompt_lengths) == self.input_ids.shape[1]:
+            return self.input_ids.long(), lengths  # no padding: they are there already
         rows = [prompt + [self.rule.pad] * (longest - len(prompt)) for prompt in self._prompts]
-        device = self.input_ids.device
-        return torch.tensor(rows, device=device), torch.tensor(self.prompt_lengths, device=device)
+        return torch.tensor(rows, device=self.input_ids.device), lengths
 
     def room(self) -> int:
         """Returns the largest number of tokens a sequence may still emit before decoding starts."""
