@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from .configuration_utils import prepare_generation_config
 from .decode_run import DecodeOptions, start_run
 from .step_record import SpecGenerateOutput
 from .tree_tuning import DraftPlan
@@ -92,12 +93,18 @@ class SpecGenerationMixin:
         The prompts are read there anyway. What does not lie beside the model stays where it is, for upstream to judge.
         """
         tokens = inputs if inputs is not None else kwargs.get("input_ids")
-        device = self.device
-        if device.type == "cpu" or "inputs_embeds" in kwargs or getattr(tokens, "device", None) != device:
+        if not isinstance(tokens, torch.Tensor) or tokens.device.type == "cpu" or "inputs_embeds" in kwargs:
+            return inputs, kwargs
+        if tokens.device != self.device:
             return inputs, kwargs
         named = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
         kwargs |= {name: value.cpu() for name, value in named.items() if isinstance(value, torch.Tensor)}
         return inputs if inputs is None else inputs.cpu(), kwargs
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        return prepare_generation_config(self, generation_config, **kwargs)
 
     def _get_logits_processor(
         self,
