@@ -110,8 +110,11 @@ def _unfused_layer(layer: nn.Module, names: LayerNames) -> str | None:
 def _part(layer: nn.Module, name: str) -> Any:
     """Returns `layer.get_submodule(name)`, in a fifth of its time: every call of `generate` looks at every layer anew."""
     part: Any = layer
-    for step in name.split("."):
-        part = part._modules[step]
+    try:
+        for step in name.split("."):
+            part = part._modules[step]
+    except KeyError:  # a wrapper that passes on what it is asked for, such as a compiled layer
+        return layer.get_submodule(name)
     return part
 
 
