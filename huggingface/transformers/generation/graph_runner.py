@@ -5,7 +5,8 @@ between steps (lengths, the tree, tokens) is read from fixed buffers, so one cap
 geometry: (batch, capacity, draft plan, sampling). Prompts are padded to a bucket, with a graph for each.
 
 The host reads a step's tokens from pinned memory as soon as `verify` has them; the copy and its event are a branch of the graph,
-beside which the device commits and drafts. Plain decoding has nothing to do there, so it runs one step ahead of the host instead;
+beside which the device commits and drafts. A prompt comes from pinned memory within its graph, and its first token leaves like a
+step's. Plain decoding has nothing to do there, so it runs one step ahead of the host instead;
 two graphs take turns, so that no unread token is written over.
 """
 
@@ -130,10 +131,26 @@ def _serves(known: Geometry, wanted: Geometry) -> bool:
 
 @dataclass
 class _Outlet:
-    """Where the host reads a step: pinned tokens, and the event after which they are there."""
+    """Where the host reads a pass: pinned numbers, and the event after which they are there."""
 
     tokens: torch.Tensor
     ready: Any
+
+
+@dataclass
+class _Prefill:
+    """A captured prompt pass.
+
+    Attributes:
+        prompts, lengths: (batch, seq) and (batch,) int64, pinned, for the host to fill in.
+        held: where the graph copies them to; a graph knows nothing but addresses, so that somebody must keep it.
+        graph: the pass.
+    """
+
+    prompts: torch.Tensor
+    lengths: torch.Tensor
+    held: torch.Tensor
+    graph: Any
 
 
 class GraphRunner:
@@ -153,7 +170,9 @@ class GraphRunner:
         self.step_buffers = FusedStep(model, geometry.batch, geometry.capacity, geometry.plan, rule)
         self.ahead = 0 if geometry.plan.shape.nodes > 1 or geometry.phases else 1
         self._pool: Any = torch.cuda.graph_pool_handle()
-        self._outlets = [self._outlet() for _ in range(self.ahead + 1)]
+        self._side = torch.cuda.Stream(self.device)
+        self._first = self._outlet(self.step_buffers.first)
+        self._outlets = [self._outlet(self.step_buffers.packed) for _ in range(self.ahead + 1)]
         # What a sampled call draws must not depend on whether it found its graphs made.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             self._prefills = {seq: self._capture_prefill(seq) for seq in self._buckets()}
@@ -163,9 +182,11 @@ class GraphRunner:
         self.capture_s = time.perf_counter() - started
         self.capture_bytes = torch.cuda.memory_reserved(self.device) - reserved
 
-    def _outlet(self) -> _Outlet:
-        tokens = torch.zeros(self.step_buffers.packed.shape, dtype=torch.int64).pin_memory()
-        return _Outlet(tokens, torch.cuda.Event(external=True))
+    def _pinned(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64).pin_memory()
+
+    def _outlet(self, source: torch.Tensor) -> _Outlet:
+        return _Outlet(self._pinned(*source.shape), torch.cuda.Event(external=True))
 
     def _buckets(self) -> list[int]:
         sizes = [min(SMALLEST_PROMPT, self.geometry.longest_prompt)]
@@ -182,17 +203,22 @@ class GraphRunner:
             work()
         return graph
 
-    def _capture_prefill(self, seq: int):
-        buffers = self.step_buffers
-        prompts = torch.zeros(self.geometry.batch, seq, dtype=torch.int64, device=self.device)
-        lengths = torch.ones(self.geometry.batch, dtype=torch.int64, device=self.device)
+    def _capture_prefill(self, seq: int) -> _Prefill:
+        buffers, batch = self.step_buffers, self.geometry.batch
+        # Prompts and lengths side by side: one copy.
+        given = self._pinned(batch * (seq + 1))
+        given[-batch:] = 1
+        held = given.to(self.device, copy=True)
         buffers.prepare_prefill(seq)
 
         def work() -> None:
-            buffers.prefill(prompts, lengths)
+            held.copy_(given, non_blocking=True)
+            buffers.prefill(held[:-batch].view(batch, seq), held[-batch:])
+            self._publish(buffers.first, self._first)
             buffers.draft()
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
-        return prompts, lengths, self._capture(work)
+        return _Prefill(given[:-batch].view(batch, seq), given[-batch:], held, self._capture(work))
 
     def _capture_step(self, outlet: _Outlet) -> list[tuple[str, torch.cuda.CUDAGraph]]:
         buffers = self.step_buffers
@@ -205,30 +231,31 @@ class GraphRunner:
         def work() -> None:
             buffers.forward()
             buffers.verify()
-            self._publish(outlet)
+            self._publish(buffers.packed, outlet)
             buffers.commit()
             buffers.draft()
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
-        self._side = torch.cuda.Stream(self.device)
         return [("step", self._capture(work))]
 
-    def _publish(self, outlet: _Outlet) -> None:
-        """Copies the step's tokens to the host on a branch beside what follows."""
+    def _publish(self, source: torch.Tensor, outlet: _Outlet) -> None:
+        """Copies what a pass has found to the host on a branch beside what follows."""
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
-            outlet.tokens.copy_(self.step_buffers.packed, non_blocking=True)
+            outlet.tokens.copy_(source, non_blocking=True)
             outlet.ready.record()
 
     def prefill(self, prompts: torch.Tensor, lengths: torch.Tensor) -> tuple[list[int], bool]:
         """Starts anew with (batch, seq) prompts of (batch,) lengths; returns first tokens and whether all logits were finite."""
         seq = min(size for size in self._prefills if size >= prompts.shape[1])
-        held, held_lengths, graph = self._prefills[seq]
-        held[:, : prompts.shape[1]].copy_(prompts, non_blocking=True)
-        held_lengths.copy_(lengths, non_blocking=True)
+        prefill = self._prefills[seq]
+        # The graph before has read what is written over here: its first tokens, which come after, have been waited for.
+        prefill.prompts[:, : prompts.shape[1]] = prompts
+        prefill.lengths[:] = lengths
         self._issued = self._read = 0
-        graph.replay()
-        first = self.step_buffers.first.tolist()
+        prefill.graph.replay()
+        self._first.ready.synchronize()
+        first = self._first.tokens.tolist()
         return [token for token, _ in first], all(finite for _, finite in first)
 
     def step(self, wanted: int, timer: PhaseTimer) -> list[list[int]]:
@@ -256,7 +283,7 @@ class GraphRunner:
 
     def replay_prefill(self, tokens: int) -> Callable[[], None]:
         """Returns what replays the prompt pass that serves `tokens` tokens, for measuring."""
-        return self._prefills[min(size for size in self._prefills if size >= tokens)][2].replay
+        return self._prefills[min(size for size in self._prefills if size >= tokens)].graph.replay
 
     def replay_step(self) -> Callable[[], None]:
         """Returns what replays a step, for measuring."""

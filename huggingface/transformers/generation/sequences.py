@@ -42,7 +42,12 @@ class Sequences:
     """
 
     def __init__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rule: StopRule, limit: int
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rule: StopRule,
+        limit: int,
+        device: torch.device,
     ):
         """Reads the prompts.
 
@@ -51,19 +56,23 @@ class Sequences:
             attention_mask: (batch, seq), 0 at padding; `None` for no padding.
             rule: when sequences end.
             limit: positions the model has.
+            device: where stopping criteria find the tokens.
 
         Raises:
             ValueError: a prompt is empty or leaves no position for a new token.
         """
         self.rule = rule
         self.limit = limit
+        self.device = device
         self.input_ids = input_ids
         rows = input_ids.tolist()
-        masks = attention_mask.tolist() if attention_mask is not None else [[1] * len(row) for row in rows]
-        self._prompts = [
-            [token for token, kept in zip(row, mask, strict=True) if kept]
-            for row, mask in zip(rows, masks, strict=True)
-        ]
+        self._prompts = rows
+        if attention_mask is not None:
+            masks = attention_mask.tolist()
+            self._prompts = [
+                [token for token, kept in zip(row, mask, strict=True) if kept]
+                for row, mask in zip(rows, masks, strict=True)
+            ]
         self._inputs = rows
         self.prompt_lengths = [len(prompt) for prompt in self._prompts]
         for index, length in enumerate(self.prompt_lengths):
@@ -82,9 +91,11 @@ class Sequences:
     def prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (batch, longest) prompts padded on the right, so that slot and position agree, and their (batch,) lengths."""
         longest = max(self.prompt_lengths)
+        lengths = torch.tensor(self.prompt_lengths, device=self.input_ids.device)
+        if min(self.prompt_lengths) == self.input_ids.shape[1]:
+            return self.input_ids.long(), lengths  # no padding: they are there already
         rows = [prompt + [self.rule.pad] * (longest - len(prompt)) for prompt in self._prompts]
-        device = self.input_ids.device
-        return torch.tensor(rows, device=device), torch.tensor(self.prompt_lengths, device=device)
+        return torch.tensor(rows, device=self.input_ids.device), lengths
 
     def room(self) -> int:
         """Returns the largest number of tokens a sequence may still emit before decoding starts."""
@@ -136,7 +147,7 @@ class Sequences:
         if self.prompt_lengths[row] + self.counts[row] >= self.limit:
             return "limit"
         if self.rule.criteria:
-            ids = torch.tensor([self._inputs[row] + self.emitted[row]], device=self.input_ids.device)
+            ids = torch.tensor([self._inputs[row] + self.emitted[row]], device=self.device)
             if any(bool(torch.as_tensor(rule(ids, None)).all()) for rule in self.rule.criteria):
                 return "criteria"
         return None

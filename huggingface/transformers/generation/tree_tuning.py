@@ -237,15 +237,15 @@ def plan_for(model, draft_nodes: int | None = None, batch: int = 1) -> DraftPlan
     if draft_nodes is not None:
         return _saved_plan(model, draft_nodes, "given")
     size, entries = batch_class(batch), _entries(model)
-    smaller = (size >> shift for shift in range(size.bit_length()))
-    found = next((one for one in smaller if entries.get(setting_name(model, one))), None)
-    if found == size:
-        return _saved_plan(model, entries[setting_name(model, size)], "tuned")
-    source, entry = "default", DEFAULT_NODES.get(model.device.type, DEFAULT_NODES["cpu"])
-    if found is not None:
-        source, entry = "tuned", entries[setting_name(model, found)]
+    smaller = (size >> shift for shift in range(size.bit_length())) if entries else ()
+    known = ((one, entries.get(setting_name(model, one))) for one in smaller)
+    found = next(((one, entry) for one, entry in known if entry), None)
+    if found is not None and found[0] == size:
+        return _saved_plan(model, found[1], "tuned")
     most = max(1, LARGEST_STEP // size) if _default_beam(model) else None
-    return _saved_plan(model, entry, source, most)
+    if found is not None:
+        return _saved_plan(model, found[1], "tuned", most)
+    return _saved_plan(model, DEFAULT_NODES.get(model.device.type, DEFAULT_NODES["cpu"]), "default", most)
 
 
 def _default_beam(model) -> int | None:
@@ -254,12 +254,12 @@ def _default_beam(model) -> int | None:
 
 def _saved_plan(model, entry: int | Mapping[str, int], source: str, most: int | None = None) -> DraftPlan:
     """Returns the plan of a number of nodes, or of an entry with streams and beam; of at most `most` nodes."""
-    streams, beam = model.streams.config.streams, _default_beam(model)
+    streams = model.streams.config.streams
     if isinstance(entry, Mapping):
         nodes, beam = entry["nodes"], entry.get("beam", BEAM)
         streams = min(entry.get("streams", streams), streams)
     else:
-        nodes = entry
+        nodes, beam = entry, _default_beam(model)
     return make_plan(model, nodes if most is None else min(nodes, most), streams, beam, source)
 
 

@@ -35,6 +35,8 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 """Names that configurations use, and the kernel's name of the same function."""
+PRODUCTS = frozenset((*PACKED, *PACKED.values()))
+"""Linear layers that the fused products read, beside the quantised ones."""
 HOST_ROTARY = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the longest position, which upstream compares on the host."""
 HEAD_SIZES = (16, 32, 64, 80, 96, 128)
@@ -83,20 +85,36 @@ def unfused_reason(model: Any) -> str | None:
 
 def _unfused_layer(layer: nn.Module, names: LayerNames) -> str | None:
     for name in (names.norm, names.mlp_norm):
-        if not fused_norm.is_known(layer.get_submodule(name)):
-            return f"no kernel knows the norm {type(layer.get_submodule(name)).__name__}"
+        norm = _part(layer, name)
+        if not fused_norm.is_known(norm):
+            return f"no kernel knows the norm {type(norm).__name__}"
     linears = (*names.projections, names.output, *names.expand, names.contract)
-    for name in linears:
+    parts: dict[str, Any] = {name: _part(layer, name) for name in linears}
+    formats = {}
+    for name, module in parts.items():
         # Packed ones, in a model that has run on a CPU, keep their weight as it was.
-        module = layer.get_submodule(name)
-        if type(module) not in (*PACKED, *PACKED.values()) and not isinstance(module, QuantizedLinear):
+        if type(module) in PRODUCTS:
+            continue
+        if not isinstance(module, QuantizedLinear):
             return f"{name} is a {type(module).__name__}, which no fused product reads"
-    for group in (names.projections, names.expand):
-        if len({getattr(layer.get_submodule(name), "kind", None) for name in group}) > 1:
+        formats[name] = module.kind
+    for group in (names.projections, names.expand) if formats else ():
+        if len({formats.get(name) for name in group}) > 1:
             return f"{' and '.join(group)} are stored in different formats, and one product reads them all"
-    if len(names.expand) == 2 and layer.get_submodule(names.expand[0]).bias is not None:
+    if len(names.expand) == 2 and parts[names.expand[0]].bias is not None:
         return "no fused product reads a gated MLP with a bias"
     return None
+
+
+def _part(layer: nn.Module, name: str) -> Any:
+    """Returns `layer.get_submodule(name)`, in a fifth of its time: every call of `generate` looks at every layer anew."""
+    part: Any = layer
+    try:
+        for step in name.split("."):
+            part = part._modules[step]
+    except KeyError:  # a wrapper that passes on what it is asked for, such as a compiled layer
+        return layer.get_submodule(name)
+    return part
 
 
 @dataclass
@@ -188,8 +206,22 @@ def _nothing() -> None:
 def weights_of(model: Any) -> tuple[int, torch.dtype, int]:
     """Returns what tells one state of a model's weights from another: moved, cast, or with other streams."""
     weight = model.get_input_embeddings().weight
-    streams = model.streams.parameters() if getattr(model, "streams", None) is not None else ()
-    return weight.data_ptr(), weight.dtype, sum(parameter._version for parameter in streams)
+    streams = getattr(model, "streams", None)
+    return weight.data_ptr(), weight.dtype, 0 if streams is None else _writes(streams)
+
+
+def _writes(module: nn.Module) -> int:
+    """Returns how often the parameters below a module were written to; one that is shared counts once for each place.
+
+    Walks the modules itself: `parameters()` takes ten times as long, and every call of `generate` asks.
+    """
+    writes, left = 0, [module]
+    for at in left:  # grows as it goes
+        if at._modules:
+            left += [child for child in at._modules.values() if child is not None]
+        if at._parameters:
+            writes += sum([one._version for one in at._parameters.values() if one is not None])
+    return writes
 
 
 def fused_layers_of(model: Any) -> FusedLayers:

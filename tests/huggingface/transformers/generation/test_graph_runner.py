@@ -292,3 +292,31 @@ def test_padding_of_a_bucket_is_not_seen(host):
     runner.prefill(torch.tensor([[7] * 40]), torch.tensor([40]))
     assert runner.prefill(prompt, lengths) == first
     assert [runner.step(9, timer) for _ in range(3)] == tokens
+
+
+@torch.no_grad()
+def test_the_first_token_is_read_before_anything_is_drafted(host, monkeypatch):
+    """It leaves on a branch of its own, so that the time to the first token holds no drafting."""
+    done = []
+    runner = host(TREE)
+    for name in ("prefill", "draft"):
+        work = getattr(runner.step_buffers, name)
+        monkeypatch.setattr(
+            runner.step_buffers, name, lambda *given, work=work, name=name: (done.append(name), work(*given))
+        )
+    publish = runner._publish
+    monkeypatch.setattr(runner, "_publish", lambda *given: (done.append("publish"), publish(*given)))
+    tokens, finite = runner.prefill(torch.tensor([[3, 1, 4]]), torch.tensor([3]))
+    assert done == ["prefill", "publish", "draft"]
+    assert (tokens, finite) == (runner.step_buffers.first[:, 0].tolist(), True)
+
+
+@torch.no_grad()
+def test_prompts_of_a_batch_keep_their_lengths(host):
+    """They share one buffer with their lengths; each sequence's first token is the one it has alone."""
+    rows = [[3, 1, 4, 1, 5], [2, 7], [1, 8, 2]]
+    alone = [host(TREE).prefill(torch.tensor([row]), torch.tensor([len(row)]))[0][0] for row in rows]
+    padded = torch.tensor([row + [9] * (5 - len(row)) for row in rows])
+    runner = host(TREE, batch=3)
+    assert runner.prefill(padded, torch.tensor([len(row) for row in rows]))[0] == alone
+    assert runner.step_buffers.state.lengths.tolist() == [5, 2, 3]

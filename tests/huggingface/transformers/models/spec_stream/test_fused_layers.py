@@ -22,6 +22,7 @@ from huggingface.transformers.models.spec_stream.fused_layers import (
     FusedLayers,
     fused_layers_of,
     unfused_reason,
+    weights_of,
 )
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from huggingface.transformers.quantizers.quantizer import quantize_model
@@ -284,6 +285,40 @@ def test_a_replaced_linear_is_a_reason(architecture, index, known):
         kind, linear.__class__ = type(linear), _Quantised
         assert f"{name} is a _Quantised" in (unfused_reason(model) or "")
         linear.__class__ = kind
+
+
+class _Wrapper(nn.Module):
+    """Passes on what it is asked for, as a compiled layer does."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self._orig_mod = layer
+
+    def __getattr__(self, name):
+        return getattr(self._modules["_orig_mod"], name) if name != "_orig_mod" else super().__getattr__(name)
+
+
+def test_parts_of_a_wrapped_layer_are_found(architecture, known):
+    model = known(architecture)
+    layers = model.decoder_layers()
+    layers[1] = _Wrapper(layers[1])
+    assert unfused_reason(model) is None
+    layers[1].get_submodule(model.layer_names.output).__class__ = _Quantised
+    assert f"{model.layer_names.output} is a _Quantised" in (unfused_reason(model) or "")
+
+
+def test_every_write_to_the_streams_is_noticed(architecture, fresh):
+    """Whichever parameter; captured steps and laid out weights are told apart by it."""
+    model = fresh(architecture)
+    model.streams.register_parameter("none", None)
+    model.streams.register_module("nothing", None)
+    seen = {weights_of(model)}
+    for count, parameter in enumerate(model.streams.parameters(), start=2):
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        seen.add(weights_of(model))
+        assert len(seen) == count
+    assert weights_of(model.float()) not in seen
 
 
 def test_a_model_that_has_run_on_a_cpu_is_fused(architecture, known):
