@@ -49,8 +49,8 @@ def serves(group: int, slots: int) -> bool:
 def tile(itemsize: int) -> tuple[int, int]:
     """Returns the keys that a program holds at a time, with as many on their way, and its warps.
 
-    32 keys, 2 warps and up to 16 parts were among the fastest of a dozen settings in steps of GPT-Neo-1.3B's and 125M's shapes, at
-    320 keys on an H200.
+    32 keys, 2 warps and up to 16 parts were among the fastest of a dozen settings in a step at GPT-Neo-1.3B's and 125M's shapes
+    (H200, 320 keys).
     """
     return (32, 4) if itemsize == 4 else (32, 2)
 
