@@ -14,9 +14,10 @@ from huggingface.transformers.integrations.triton_support import jit, release_de
 
 
 def _asm(brain: bool) -> str:
-    """Outputs 0-3: totals; 4-19: words of four outputs; 20-35: inputs of four quarters; 36-39 offset; 40-55 scales; 56-59 totals."""
+    """Outputs 0-3: totals; 4-19: words of four outputs; 20-35: inputs of four quarters; 36-39 offset; 40-43 and 44-47 scales
+    of two outputs each, held by lanes from 48-51 on; 52-55 totals."""
     kind = "bf16" if brain else "f16"
-    lines = ["{ .reg .b32 a<8>; .reg .f32 c<8>, k<5>; .reg .pred odd; .reg .u32 lane;"]
+    lines = ["{ .reg .b32 a<8>; .reg .f32 c<8>, k<5>, s<4>; .reg .pred odd; .reg .u32 lane, from, w<2>; .reg .b16 h<4>;"]
     lines += [f"mov.f32 c{i}, 0f00000000;" for i in range(8)]
     for j in (0, 2):  # two neighbouring words, whose inputs are neighbouring registers
         for p in range(4):
@@ -40,11 +41,14 @@ def _asm(brain: bool) -> str:
                 lines.append(
                     f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{{', '.join(regs)}}}, {{{x0}, {x1}}}, {{{acc}}};"
                 )
-    lines.append("mov.u32 lane, %laneid; and.b32 lane, lane, 4; setp.ne.u32 odd, lane, 0; selp.f32 k4, $37, $36, odd;")
+    lines.append("mov.u32 lane, %laneid; shr.u32 from, lane, 2; add.u32 from, from, $48; shfl.sync.idx.b32 w0, $40, from, 31, -1;")
+    lines.append("shfl.sync.idx.b32 w1, $44, from, 31, -1; mov.b32 {h0, h1}, w0; mov.b32 {h2, h3}, w1;")
+    lines += [f"cvt.f32.f16 s{i}, h{i};" for i in range(4)]
+    lines.append("and.b32 lane, lane, 4; setp.ne.u32 odd, lane, 0; selp.f32 k4, $37, $36, odd;")
     for column in range(4):
         at = 4 * (column // 2) + 2 * (column % 2)
         lines.append(f"selp.f32 k{column}, c{at + 1}, c{at}, odd; add.f32 k{column}, k{column}, k4;")
-        lines.append(f"fma.rn.f32 ${column}, k{column}, ${40 + 4 * column}, ${56 + column};")
+        lines.append(f"fma.rn.f32 ${column}, k{column}, s{column}, ${52 + column};")
     return " ".join(lines) + " }"
 
 
@@ -82,7 +86,7 @@ def _reduce_asm() -> str:
 REDUCE_ASM = tl.constexpr(_reduce_asm())
 BRAIN_ASM, HALF_ASM = tl.constexpr(_asm(True)), tl.constexpr(_asm(False))
 BRAIN_OFFSET, HALF_OFFSET = tl.constexpr(_offset_asm(True)), tl.constexpr(_offset_asm(False))
-PRODUCT_OPERANDS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 32 + ["f"] * 24))
+PRODUCT_OPERANDS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 32 + ["f"] * 4 + ["r"] * 12 + ["f"] * 4))
 OFFSET_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 16))
 
 
@@ -125,19 +129,28 @@ def _words(pointers, start, valid, STRIDE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @jit
-def _scales(pointers, start, valid, STRIDE: tl.constexpr, MASKED: tl.constexpr):
-    """Returns four outputs' (pieces, 1) scales."""
-    if MASKED:
-        a = tl.load(pointers + start, mask=valid, other=0)
-        b = tl.load(pointers + (start + STRIDE), mask=valid, other=0)
-        c = tl.load(pointers + (start + 2 * STRIDE), mask=valid, other=0)
-        d = tl.load(pointers + (start + 3 * STRIDE), mask=valid, other=0)
+def _scale(pointers, valid, COLUMN: tl.constexpr, GROUPS: tl.constexpr):
+    """Returns an output's scales as the bits of int32."""
+    loaded = tl.load(pointers + COLUMN * GROUPS, mask=valid, other=0.0)
+    return loaded.to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@jit
+def _scales(pointers, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, PACKED: tl.constexpr):
+    """Returns scales of four outputs, two in an int32.
+
+    PACKED: of four chunks from number `4 * NUMBER` on, lane 8 n + g of a warp holding group g of the warp's part of the n-th; else
+    of chunk `NUMBER`.
+    """
+    GROUPS: tl.constexpr = PIECES // 4
+    if PACKED:
+        group = (4 * NUMBER + piece % 32 // 8) * (BLOCK // 4) + piece // 32 * 8 + piece % 8
     else:
-        a = tl.load(pointers + start)
-        b = tl.load(pointers + (start + STRIDE))
-        c = tl.load(pointers + (start + 2 * STRIDE))
-        d = tl.load(pointers + (start + 3 * STRIDE))
-    return a, b, c, d
+        group = NUMBER * (BLOCK // 4) + piece // 4
+    valid = (group < GROUPS)[:, None]
+    at = pointers + group[:, None]
+    first = (_scale(at, valid, 0, GROUPS) & 65535) | (_scale(at, valid, 1, GROUPS) << 16)
+    return first, (_scale(at, valid, 2, GROUPS) & 65535) | (_scale(at, valid, 3, GROUPS) << 16)
 
 
 @jit
@@ -156,17 +169,15 @@ def _inputs(pointers, start, valid, MASKED: tl.constexpr):
 
 
 @jit
-def _chunk(near, near_scales, far, far_scales, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, SETS: tl.constexpr):
-    """Returns words and scales of a chunk of four outputs, and of four others where SETS is 2."""
+def _chunk(near, far, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, SETS: tl.constexpr):
+    """Returns the words of a chunk of four outputs, and of four others where SETS is 2."""
     MASKED: tl.constexpr = (NUMBER + 1) * BLOCK > PIECES
     valid = (piece + NUMBER * BLOCK < PIECES)[:, None]
     words = _words(near, NUMBER * BLOCK * 4, valid, PIECES * 4, MASKED)
-    scales = _scales(near_scales, NUMBER * BLOCK // 4, valid, PIECES // 4, MASKED)
     if SETS == 2:
-        far_words = _words(far, NUMBER * BLOCK * 4, valid, PIECES * 4, MASKED)
-        return words, scales, far_words, _scales(far_scales, NUMBER * BLOCK // 4, valid, PIECES // 4, MASKED)
+        return words, _words(far, NUMBER * BLOCK * 4, valid, PIECES * 4, MASKED)
     else:
-        return words, scales, words, scales
+        return words, words
 
 
 @jit
@@ -180,26 +191,30 @@ def _offset(x, BRAIN: tl.constexpr, PACKED: tl.constexpr):
 
 
 @jit
-def _add(total, words, scales, x, offset, BRAIN: tl.constexpr, PACKED: tl.constexpr):
-    """Returns (pieces, 4) totals of four outputs with a chunk added; only lanes of the diagonal hold sums."""
-    shape: tl.constexpr = [total.shape[0], 4]
-    s0 = tl.broadcast_to(scales[0].to(tl.float32), shape)
-    s1 = tl.broadcast_to(scales[1].to(tl.float32), shape)
-    s2 = tl.broadcast_to(scales[2].to(tl.float32), shape)
-    s3 = tl.broadcast_to(scales[3].to(tl.float32), shape)
+def _half(bits):
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def _add(total, words, scales, x, offset, NUMBER: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constexpr):
+    """Returns (pieces, 4) totals of four outputs with chunk `NUMBER` added; only lanes of the diagonal hold sums."""
     if PACKED:
+        shape: tl.constexpr = [total.shape[0], 4]
         total = tl.inline_asm_elementwise(
             BRAIN_ASM if BRAIN else HALF_ASM, PRODUCT_OPERANDS,
-            [words[0], words[1], words[2], words[3], x[0], x[1], x[2], x[3], offset, s0, s1, s2, s3, total],
+            [
+                words[0], words[1], words[2], words[3], x[0], x[1], x[2], x[3], offset, tl.broadcast_to(scales[0], shape),
+                tl.broadcast_to(scales[1], shape), tl.full(shape, NUMBER % 4 * 8, tl.int32), total,
+            ],
             dtype=tl.float32, is_pure=False, pack=4,
         )
     else:
         column = tl.arange(0, 4)[None, :]
         unit: tl.constexpr = 1.0 if BRAIN else 0.0625
-        total += tl.where(column == 0, _plain(words[0], x, BRAIN) * s0, 0.0) * unit
-        total += tl.where(column == 1, _plain(words[1], x, BRAIN) * s1, 0.0) * unit
-        total += tl.where(column == 2, _plain(words[2], x, BRAIN) * s2, 0.0) * unit
-        total += tl.where(column == 3, _plain(words[3], x, BRAIN) * s3, 0.0) * unit
+        total += tl.where(column == 0, _plain(words[0], x, BRAIN) * _half(scales[0]), 0.0) * unit
+        total += tl.where(column == 1, _plain(words[1], x, BRAIN) * _half(scales[0] >> 16), 0.0) * unit
+        total += tl.where(column == 2, _plain(words[2], x, BRAIN) * _half(scales[1]), 0.0) * unit
+        total += tl.where(column == 3, _plain(words[3], x, BRAIN) * _half(scales[1] >> 16), 0.0) * unit
     return total
 
 
@@ -272,18 +287,19 @@ def diagonal_row_kernel(
         further_scaling = scaling + columns * GROUPS
     near = weights + at
     far = further + at
-    near_scales = scaling + (piece // 4)[:, None]
-    far_scales = further_scaling + (piece // 4)[:, None]
     x_at = row_ptr + (piece // 4 * 64 + piece % 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
     held = ()
     for chunk in tl.static_range(DEPTH):
-        held = held + (_chunk(near, near_scales, far, far_scales, piece, chunk, BLOCK, PIECES, SETS),)
+        held = held + (_chunk(near, far, piece, chunk, BLOCK, PIECES, SETS),)
+    scales = ()
+    for number in tl.static_range((CHUNKS + 3) // 4 if PACKED else CHUNKS):
+        scales = scales + (_scales(scaling, piece, number, BLOCK, PIECES, PACKED),)
+        if SETS == 2:
+            scales = scales + (_scales(further_scaling, piece, number, BLOCK, PIECES, PACKED),)
     if PREFETCH and PDL and PACKED and DEPTH < CHUNKS:
         _bulk(weights, 4 * QUADS * PIECES * 16)
-        _bulk(scaling, 4 * QUADS * GROUPS * 2)
         if GATED:
             _bulk(further, 4 * PIECES * 16)
-            _bulk(further_scaling, 4 * GROUPS * 2)
     column, inside = _columns(first, PACKED)
     bias = _extra(bias_ptr, column, inside, HAS_BIAS)
     other_bias = _extra(bias_ptr, column + 4, inside, HAS_BIAS and SETS == 2)
@@ -295,16 +311,18 @@ def diagonal_row_kernel(
     x = _inputs(x_at, 0, (piece < PIECES)[:, None], BLOCK > PIECES)
     for chunk in tl.static_range(CHUNKS):
         if chunk + DEPTH < CHUNKS:
-            held = held + (_chunk(near, near_scales, far, far_scales, piece, chunk + DEPTH, BLOCK, PIECES, SETS),)
+            held = held + (_chunk(near, far, piece, chunk + DEPTH, BLOCK, PIECES, SETS),)
         next_x = x
         if chunk + 1 < CHUNKS:
             next_x = _inputs(
                 x_at, (chunk + 1) * BLOCK * 16, (piece + (chunk + 1) * BLOCK < PIECES)[:, None], (chunk + 2) * BLOCK > PIECES
             )
         offset = _offset(x, BRAIN, PACKED)
-        total = _add(total, held[chunk][0], held[chunk][1], x, offset, BRAIN, PACKED)
+        total = _add(total, held[chunk][0], scales[(chunk // 4 if PACKED else chunk) * SETS], x, offset, chunk, BRAIN, PACKED)
         if SETS == 2:
-            other = _add(other, held[chunk][2], held[chunk][3], x, offset, BRAIN, PACKED)
+            other = _add(
+                other, held[chunk][1], scales[(chunk // 4 if PACKED else chunk) * SETS + 1], x, offset, chunk, BRAIN, PACKED
+            )
         x = next_x
     UNIT: tl.constexpr = 1.0 if BRAIN else 16.0
     result = activate(_reduced(total, PACKED) * UNIT + bias, ACTIVATION)
