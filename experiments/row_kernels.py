@@ -17,7 +17,9 @@ def _asm(brain: bool) -> str:
     """Outputs 0-3: totals; 4-19: words of four outputs; 20-35: inputs of four quarters; 36-39 offset; 40-43 and 44-47 scales
     of two outputs each, held by lanes from 48-51 on; 52-55 totals."""
     kind = "bf16" if brain else "f16"
-    lines = ["{ .reg .b32 a<8>; .reg .f32 c<8>, k<5>, s<4>; .reg .pred odd; .reg .u32 lane, from, w<2>; .reg .b16 h<4>;"]
+    lines = [
+        "{ .reg .b32 a<8>; .reg .f32 c<8>, k<5>, s<4>; .reg .pred odd; .reg .u32 lane, from, w<2>; .reg .b16 h<4>;"
+    ]
     lines += [f"mov.f32 c{i}, 0f00000000;" for i in range(8)]
     for j in (0, 2):  # two neighbouring words, whose inputs are neighbouring registers
         for p in range(4):
@@ -32,7 +34,11 @@ def _asm(brain: bool) -> str:
                                 lines.append(f"shr.u32 {r}, {word}, {4 * p};")
                             lines.append(f"lop3.b32 {r}, {r if p else word}, 0x000F000F, 0x43004300, 0xEA;")
                         else:  # 1 + q / 16
-                            move = f"shl.b32 {r}, {word}, {6 - 4 * p};" if p < 2 else f"shr.u32 {r}, {word}, {4 * p - 6};"
+                            move = (
+                                f"shl.b32 {r}, {word}, {6 - 4 * p};"
+                                if p < 2
+                                else f"shr.u32 {r}, {word}, {4 * p - 6};"
+                            )
                             lines.append(move)
                             lines.append(f"lop3.b32 {r}, {r}, 0x03C003C0, 0x3C003C00, 0xEA;")
                         regs.append(r)
@@ -41,7 +47,9 @@ def _asm(brain: bool) -> str:
                 lines.append(
                     f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{{', '.join(regs)}}}, {{{x0}, {x1}}}, {{{acc}}};"
                 )
-    lines.append("mov.u32 lane, %laneid; shr.u32 from, lane, 2; add.u32 from, from, $48; shfl.sync.idx.b32 w0, $40, from, 31, -1;")
+    lines.append(
+        "mov.u32 lane, %laneid; shr.u32 from, lane, 2; add.u32 from, from, $48; shfl.sync.idx.b32 w0, $40, from, 31, -1;"
+    )
     lines.append("shfl.sync.idx.b32 w1, $44, from, 31, -1; mov.b32 {h0, h1}, w0; mov.b32 {h2, h3}, w1;")
     lines += [f"cvt.f32.f16 s{i}, h{i};" for i in range(4)]
     lines.append("and.b32 lane, lane, 4; setp.ne.u32 odd, lane, 0; selp.f32 k4, $37, $36, odd;")
@@ -49,6 +57,46 @@ def _asm(brain: bool) -> str:
         at = 4 * (column // 2) + 2 * (column % 2)
         lines.append(f"selp.f32 k{column}, c{at + 1}, c{at}, odd; add.f32 k{column}, k{column}, k4;")
         lines.append(f"fma.rn.f32 ${column}, k{column}, s{column}, ${52 + column};")
+    return " ".join(lines) + " }"
+
+
+def _bytes_asm(brain: bool) -> str:
+    """Outputs 0-3: totals; 4-19: words of four outputs; 20-27: inputs of two halves; 28-31 totals. Bytes become whole numbers."""
+    kind = "bf16" if brain else "f16"
+    lines = ["{ .reg .b32 a<8>, t, one; .reg .f32 c<8>, k<4>; .reg .pred odd; .reg .u32 lane;"]
+    lines += [f"mov.f32 c{i}, 0f00000000;" for i in range(8)]
+    lines.append("mov.b32 one, 0xBF80BF80;" if brain else "mov.b32 one, 0x64806480;")
+    for j in (0, 2):
+        for p in range(2):
+            for pair in range(2):
+                regs = []
+                for f in range(2):
+                    for side in range(2):
+                        word = f"${4 + 4 * (2 * pair + side) + j + f}"
+                        r = f"a{4 * pair + 2 * f + side}"
+                        if p:
+                            lines.append(f"shr.u32 {r}, {word}, 8;")
+                        source = r if p else word
+                        if brain:  # seven bits and 128, minus 128 or 256
+                            lines.append(f"lop3.b32 t, {source}, 0x00800080, 0x43004300, 0xEA;")
+                            lines.append(f"lop3.b32 {r}, {source}, 0x007F007F, 0x43004300, 0xEA;")
+                            lines.append(f"fma.rn.bf16x2 {r}, t, one, {r};")
+                        else:
+                            lines.append(
+                                f"lop3.b32 {r}, {source}, 0x00FF00FF, 0x64806480, 0x6A; sub.f16x2 {r}, {r}, one;"
+                            )
+                        regs.append(r)
+                acc = ", ".join(f"c{4 * pair + i}" for i in range(4))
+                x0, x1 = (f"${20 + 4 * p + j + f}" for f in range(2))
+                lines.append(
+                    f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{acc}}}, {{{', '.join(regs)}}}, {{{x0}, {x1}}}, {{{acc}}};"
+                )
+    lines.append("mov.u32 lane, %laneid; and.b32 lane, lane, 4; setp.ne.u32 odd, lane, 0;")
+    for column in range(4):
+        at = 4 * (column // 2) + 2 * (column % 2)
+        lines.append(
+            f"selp.f32 k{column}, c{at + 1}, c{at}, odd; add.f32 ${column}, k{column}, ${28 + column};"
+        )
     return " ".join(lines) + " }"
 
 
@@ -75,9 +123,15 @@ def _reduce_asm() -> str:
     ]
     lines += [f"selp.f32 s{i}, ${4 + i}, 0f00000000, d;" for i in range(4)]
     lines.append("and.b32 m, lane, 1; setp.ne.u32 p, m, 0; and.b32 m, lane, 2; setp.ne.u32 q, m, 0;")
-    lines.append("selp.f32 a, s2, s0, p; selp.f32 b, s3, s1, p; selp.f32 u, s0, s2, p; selp.f32 v, s1, s3, p;")
-    lines.append("shfl.sync.bfly.b32 u, u, 1, 31, -1; shfl.sync.bfly.b32 v, v, 1, 31, -1; add.f32 a, a, u; add.f32 b, b, v;")
-    lines.append("selp.f32 u, a, b, q; selp.f32 a, b, a, q; shfl.sync.bfly.b32 u, u, 2, 31, -1; add.f32 a, a, u;")
+    lines.append(
+        "selp.f32 a, s2, s0, p; selp.f32 b, s3, s1, p; selp.f32 u, s0, s2, p; selp.f32 v, s1, s3, p;"
+    )
+    lines.append(
+        "shfl.sync.bfly.b32 u, u, 1, 31, -1; shfl.sync.bfly.b32 v, v, 1, 31, -1; add.f32 a, a, u; add.f32 b, b, v;"
+    )
+    lines.append(
+        "selp.f32 u, a, b, q; selp.f32 a, b, a, q; shfl.sync.bfly.b32 u, u, 2, 31, -1; add.f32 a, a, u;"
+    )
     lines += [f"shfl.sync.bfly.b32 u, a, {step}, 31, -1; add.f32 a, a, u;" for step in (4, 8, 16)]
     lines.append("mov.f32 $0, a; mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000;")
     return " ".join(lines) + " }"
@@ -86,6 +140,8 @@ def _reduce_asm() -> str:
 REDUCE_ASM = tl.constexpr(_reduce_asm())
 BRAIN_ASM, HALF_ASM = tl.constexpr(_asm(True)), tl.constexpr(_asm(False))
 BRAIN_OFFSET, HALF_OFFSET = tl.constexpr(_offset_asm(True)), tl.constexpr(_offset_asm(False))
+BRAIN_BYTES, HALF_BYTES = tl.constexpr(_bytes_asm(True)), tl.constexpr(_bytes_asm(False))
+BYTES_OPERANDS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24 + ["f"] * 4))
 PRODUCT_OPERANDS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 32 + ["f"] * 4 + ["r"] * 12 + ["f"] * 4))
 OFFSET_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 16))
 
@@ -136,7 +192,9 @@ def _scale(pointers, valid, COLUMN: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @jit
-def _scales(pointers, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, PACKED: tl.constexpr):
+def _scales(
+    pointers, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, PACKED: tl.constexpr
+):
     """Returns scales of four outputs, two in an int32.
 
     PACKED: of four chunks from number `4 * NUMBER` on, lane 8 n + g of a warp holding group g of the warp's part of the n-th; else
@@ -154,22 +212,32 @@ def _scales(pointers, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: 
 
 
 @jit
-def _inputs(pointers, start, valid, MASKED: tl.constexpr):
+def _inputs(pointers, start, valid, BITS: tl.constexpr, MASKED: tl.constexpr):
+    """Returns a piece's inputs: of four quarters of a run, or of two halves."""
+    APART: tl.constexpr = 16 if BITS == 4 else 32
     if MASKED:
         a = tl.load(pointers + start, mask=valid, other=0)
-        b = tl.load(pointers + (start + 16), mask=valid, other=0)
-        c = tl.load(pointers + (start + 32), mask=valid, other=0)
-        d = tl.load(pointers + (start + 48), mask=valid, other=0)
+        b = tl.load(pointers + (start + APART), mask=valid, other=0)
     else:
         a = tl.load(pointers + start)
-        b = tl.load(pointers + (start + 16))
-        c = tl.load(pointers + (start + 32))
-        d = tl.load(pointers + (start + 48))
-    return a, b, c, d
+        b = tl.load(pointers + (start + APART))
+    if BITS == 8:
+        return a, b
+    elif MASKED:
+        return (
+            a,
+            b,
+            tl.load(pointers + (start + 32), mask=valid, other=0),
+            tl.load(pointers + (start + 48), mask=valid, other=0),
+        )
+    else:
+        return a, b, tl.load(pointers + (start + 32)), tl.load(pointers + (start + 48))
 
 
 @jit
-def _chunk(near, far, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, SETS: tl.constexpr):
+def _chunk(
+    near, far, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, SETS: tl.constexpr
+):
     """Returns the words of a chunk of four outputs, and of four others where SETS is 2."""
     MASKED: tl.constexpr = (NUMBER + 1) * BLOCK > PIECES
     valid = (piece + NUMBER * BLOCK < PIECES)[:, None]
@@ -181,11 +249,47 @@ def _chunk(near, far, piece, NUMBER: tl.constexpr, BLOCK: tl.constexpr, PIECES: 
 
 
 @jit
+def _plain_bytes(words, x, BRAIN: tl.constexpr):
+    total = tl.zeros((words.shape[0], 4), tl.float32)
+    for p in tl.static_range(2):
+        low, high = _halves(x[p], BRAIN)
+        total += ((((words >> (8 * p)) & 255) ^ 128) - 128).to(tl.float32) * low
+        total += ((((words >> (8 * p + 16)) & 255) ^ 128) - 128).to(tl.float32) * high
+    return tl.sum(total, 1)[:, None]
+
+
+@jit
+def _add_bytes(total, words, x, BRAIN: tl.constexpr, PACKED: tl.constexpr):
+    """Returns (pieces, 4) totals of four outputs with a chunk of bytes added."""
+    if PACKED:
+        total = tl.inline_asm_elementwise(
+            BRAIN_BYTES if BRAIN else HALF_BYTES,
+            BYTES_OPERANDS,
+            [words[0], words[1], words[2], words[3], x[0], x[1], total],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=4,
+        )
+    else:
+        column = tl.arange(0, 4)[None, :]
+        total += tl.where(column == 0, _plain_bytes(words[0], x, BRAIN), 0.0)
+        total += tl.where(column == 1, _plain_bytes(words[1], x, BRAIN), 0.0)
+        total += tl.where(column == 2, _plain_bytes(words[2], x, BRAIN), 0.0)
+        total += tl.where(column == 3, _plain_bytes(words[3], x, BRAIN), 0.0)
+    return total
+
+
+@jit
 def _offset(x, BRAIN: tl.constexpr, PACKED: tl.constexpr):
     """Returns what a product's sums start from: inputs times what the fields have too much."""
     if PACKED:
         return tl.inline_asm_elementwise(
-            BRAIN_OFFSET if BRAIN else HALF_OFFSET, OFFSET_OPERANDS, [x[0], x[1], x[2], x[3]], dtype=tl.float32, is_pure=False, pack=4,
+            BRAIN_OFFSET if BRAIN else HALF_OFFSET,
+            OFFSET_OPERANDS,
+            [x[0], x[1], x[2], x[3]],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=4,
         )
     return tl.zeros((x[0].shape[0], 4), tl.float32)
 
@@ -201,12 +305,26 @@ def _add(total, words, scales, x, offset, NUMBER: tl.constexpr, BRAIN: tl.conste
     if PACKED:
         shape: tl.constexpr = [total.shape[0], 4]
         total = tl.inline_asm_elementwise(
-            BRAIN_ASM if BRAIN else HALF_ASM, PRODUCT_OPERANDS,
+            BRAIN_ASM if BRAIN else HALF_ASM,
+            PRODUCT_OPERANDS,
             [
-                words[0], words[1], words[2], words[3], x[0], x[1], x[2], x[3], offset, tl.broadcast_to(scales[0], shape),
-                tl.broadcast_to(scales[1], shape), tl.full(shape, NUMBER % 4 * 8, tl.int32), total,
+                words[0],
+                words[1],
+                words[2],
+                words[3],
+                x[0],
+                x[1],
+                x[2],
+                x[3],
+                offset,
+                tl.broadcast_to(scales[0], shape),
+                tl.broadcast_to(scales[1], shape),
+                tl.full(shape, NUMBER % 4 * 8, tl.int32),
+                total,
             ],
-            dtype=tl.float32, is_pure=False, pack=4,
+            dtype=tl.float32,
+            is_pure=False,
+            pack=4,
         )
     else:
         column = tl.arange(0, 4)[None, :]
@@ -225,7 +343,9 @@ def _reduced(total, PACKED: tl.constexpr):
     Only lanes of the diagonal count. A lane and its neighbour keep two outputs each, then one: six exchanges instead of twenty.
     """
     if PACKED:
-        total = tl.inline_asm_elementwise(REDUCE_ASM, "=&f,=&f,=&f,=&f,f,f,f,f", [total], dtype=tl.float32, is_pure=False, pack=4)
+        total = tl.inline_asm_elementwise(
+            REDUCE_ASM, "=&f,=&f,=&f,=&f,f,f,f,f", [total], dtype=tl.float32, is_pure=False, pack=4
+        )
         total = tl.reshape(tl.sum(total, 1), (total.shape[0] // 32, 32))
     return tl.sum(total, 0)
 
@@ -256,14 +376,18 @@ def _bulk(pointer, BYTES: tl.constexpr):
     tl.inline_asm_elementwise(
         "{ .reg .u32 t; .reg .pred p; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2;"
         "mov.u32 $0, 0; }",
-        "=r,l,r", [pointer.to(tl.int64, bitcast=True), BYTES], dtype=tl.int32, is_pure=False, pack=1,
+        "=r,l,r",
+        [pointer.to(tl.int64, bitcast=True), BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
 @jit
 def diagonal_row_kernel(
     row_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, output_ptr, columns,
-    PIECES: tl.constexpr, BLOCK: tl.constexpr, QUADS: tl.constexpr, DEPTH: tl.constexpr, PREFETCH: tl.constexpr,
+    BITS: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr, QUADS: tl.constexpr, DEPTH: tl.constexpr, PREFETCH: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -274,6 +398,7 @@ def diagonal_row_kernel(
     STRIDE: tl.constexpr = PIECES * 4
     GROUPS: tl.constexpr = PIECES // 4
     SETS: tl.constexpr = 2 if GATED else QUADS
+    RUN: tl.constexpr = BITS  # pieces among 128 inputs
     first = tl.program_id(0) * 4 * QUADS
     piece = tl.arange(0, BLOCK)
     at = piece[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -287,12 +412,12 @@ def diagonal_row_kernel(
         further_scaling = scaling + columns * GROUPS
     near = weights + at
     far = further + at
-    x_at = row_ptr + (piece // 4 * 64 + piece % 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
+    x_at = row_ptr + (piece // RUN * 64 + piece % RUN * 4)[:, None] + tl.arange(0, 4)[None, :]
     held = ()
     for chunk in tl.static_range(DEPTH):
         held = held + (_chunk(near, far, piece, chunk, BLOCK, PIECES, SETS),)
     scales = ()
-    for number in tl.static_range((CHUNKS + 3) // 4 if PACKED else CHUNKS):
+    for number in tl.static_range(0 if BITS == 8 else (CHUNKS + 3) // 4 if PACKED else CHUNKS):
         scales = scales + (_scales(scaling, piece, number, BLOCK, PIECES, PACKED),)
         if SETS == 2:
             scales = scales + (_scales(further_scaling, piece, number, BLOCK, PIECES, PACKED),)
@@ -301,6 +426,9 @@ def diagonal_row_kernel(
         if GATED:
             _bulk(further, 4 * PIECES * 16)
     column, inside = _columns(first, PACKED)
+    unit: tl.constexpr = 1.0 if BRAIN or BITS == 8 else 16.0
+    scale = _extra(scale_ptr, column, inside, BITS == 8)
+    other_scale = _extra(scale_ptr, column + (columns if GATED else 4), inside, BITS == 8 and SETS == 2)
     bias = _extra(bias_ptr, column, inside, HAS_BIAS)
     other_bias = _extra(bias_ptr, column + 4, inside, HAS_BIAS and SETS == 2)
     wait_for_inputs(PDL)
@@ -308,27 +436,54 @@ def diagonal_row_kernel(
     other_residual = _extra(residual_ptr, column + 4, inside, HAS_RESIDUAL and SETS == 2 and not GATED)
     total = tl.zeros((BLOCK, 4), tl.float32)
     other = tl.zeros((BLOCK, 4), tl.float32)
-    x = _inputs(x_at, 0, (piece < PIECES)[:, None], BLOCK > PIECES)
+    x = _inputs(x_at, 0, (piece < PIECES)[:, None], BITS, BLOCK > PIECES)
     for chunk in tl.static_range(CHUNKS):
         if chunk + DEPTH < CHUNKS:
             held = held + (_chunk(near, far, piece, chunk + DEPTH, BLOCK, PIECES, SETS),)
         next_x = x
         if chunk + 1 < CHUNKS:
             next_x = _inputs(
-                x_at, (chunk + 1) * BLOCK * 16, (piece + (chunk + 1) * BLOCK < PIECES)[:, None], (chunk + 2) * BLOCK > PIECES
+                x_at,
+                (chunk + 1) * BLOCK * (64 // BITS),
+                (piece + (chunk + 1) * BLOCK < PIECES)[:, None],
+                BITS,
+                (chunk + 2) * BLOCK > PIECES,
             )
-        offset = _offset(x, BRAIN, PACKED)
-        total = _add(total, held[chunk][0], scales[(chunk // 4 if PACKED else chunk) * SETS], x, offset, chunk, BRAIN, PACKED)
-        if SETS == 2:
-            other = _add(
-                other, held[chunk][1], scales[(chunk // 4 if PACKED else chunk) * SETS + 1], x, offset, chunk, BRAIN, PACKED
+        if BITS == 8:
+            total = _add_bytes(total, held[chunk][0], x, BRAIN, PACKED)
+            if SETS == 2:
+                other = _add_bytes(other, held[chunk][1], x, BRAIN, PACKED)
+        else:
+            offset = _offset(x, BRAIN, PACKED)
+            total = _add(
+                total,
+                held[chunk][0],
+                scales[(chunk // 4 if PACKED else chunk) * SETS],
+                x,
+                offset,
+                chunk,
+                BRAIN,
+                PACKED,
             )
+            if SETS == 2:
+                other = _add(
+                    other,
+                    held[chunk][1],
+                    scales[(chunk // 4 if PACKED else chunk) * SETS + 1],
+                    x,
+                    offset,
+                    chunk,
+                    BRAIN,
+                    PACKED,
+                )
         x = next_x
-    UNIT: tl.constexpr = 1.0 if BRAIN else 16.0
-    result = activate(_reduced(total, PACKED) * UNIT + bias, ACTIVATION)
+    result = _reduced(total, PACKED) * (scale if BITS == 8 else unit)
+    result = activate(result + bias, ACTIVATION)
+    if SETS == 2:
+        second = _reduced(other, PACKED) * (other_scale if BITS == 8 else unit)
     if GATED:
-        result *= _reduced(other, PACKED) * UNIT
+        result *= second
     tl.store(output_ptr + column, (result + residual).to(output_ptr.dtype.element_ty), mask=inside)
     if SETS == 2 and not GATED:
-        result = activate(_reduced(other, PACKED) * UNIT + other_bias, ACTIVATION) + other_residual
-        tl.store(output_ptr + column + 4, result.to(output_ptr.dtype.element_ty), mask=inside)
+        second = activate(second + other_bias, ACTIVATION) + other_residual
+        tl.store(output_ptr + column + 4, second.to(output_ptr.dtype.element_ty), mask=inside)
