@@ -172,6 +172,19 @@ def test_a_measured_tile_is_left_where_it_does_not_fit(monkeypatch):
     choose_tile.cache_clear()
 
 
+def test_the_file_holds_tiles_that_fit():
+    found = 0
+    for device in tiles._stored().values():
+        for kind in (INT8, INT4):
+            for key, fields in device[f"int{kind.bits}{'-128' if kind is INT4 else ''}"]["1"].items():
+                outputs, inner = map(int, key.removesuffix(" gated").split("x"))
+                tile = tiles.read_tile(fields)
+                if isinstance(tile, MatrixRowTile):
+                    found += 1
+                    assert Product(kind, 1, outputs, inner, key.endswith("gated")).takes(tile), key
+    assert found
+
+
 def check_layout(usages, warps: set[int]) -> None:
     """Asserts that assembly meets lanes as it expects them."""
     layout = "#ttg.blocked<{{sizePerThread = [1, 4], threadsPerWarp = [32, 1], warpsPerCTA = [{}, 1], order = [1, 0]}}>"
