@@ -114,10 +114,11 @@ class Product:
 
         Weights must be without zero points, in whole runs, at 4 bits in groups of 128. The code grows with the chunks, and
         registers hold four chunks of four outputs, fewer the more warps a program has. Bytes of a gate spill with one chunk in
-        flight of several, and were slower so.
+        flight of several, or one of 256 pieces, and were slower so.
         """
         kind = self.kind
         chunks = -(-self.pieces // tile.pieces)
+        spills = chunks > 1 or tile.pieces > 128
         held = tile.depth * (2 if self.gated else tile.fours)
         return (
             self.rows == 1
@@ -125,7 +126,7 @@ class Product:
             and (kind.bits == 8 or kind.group_size == RUN)
             and not kind.zero_point
             and self.columns % (4 * tile.fours) == 0
-            and not (self.gated and (tile.fours > 1 or (kind.bits == 8 and tile.depth == 1 < chunks)))
+            and not (self.gated and (tile.fours > 1 or (kind.bits == 8 and tile.depth == 1 and spills)))
             and tile.depth <= chunks <= MOST_CHUNKS
             and held <= (4 if tile.pieces <= 128 else 2 if tile.pieces == 256 else 1)
         )

@@ -153,6 +153,7 @@ def test_it_is_chosen_only_where_it_computes():
         (INT4, 16, False, MatrixRowTile(128, 1, 2)),
         (INT8, 16, True, MatrixRowTile(32, 1, 3)),
         (INT8, 16, True, MatrixRowTile(128, 1, 1)),
+        (INT8, 16, True, MatrixRowTile(256, 1, 1)),
         (WeightFormat(4, 128, True), 16, False, MatrixRowTile(64, 1, 1)),
     ],
 )
