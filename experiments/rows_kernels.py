@@ -246,7 +246,8 @@ def fragment_kernel(  # noqa: C901
         factor_scales = next_factor_scales
 
     # Slices are added, then an output's neighbours lie next to each other, as they are written.
-    o_layout: tl.constexpr = gl.BlockedLayout([M // 16 if M < 64 else 4, 1], [16, 2], [1, S * WM], [0, 1])
+    all_layout: tl.constexpr = gl.BlockedLayout([S, M // 16 if M < 64 else 4, 1], [1, 16, 2], [1, 1, S * WM], [1, 2, 0])
+    o_layout: tl.constexpr = gl.SliceLayout(0, all_layout)
     local = gl.arange(0, M, gl.SliceLayout(1, o_layout))
     local_row = gl.arange(0, N, gl.SliceLayout(0, o_layout))
     column = gl.program_id(1) * M + local
@@ -257,9 +258,9 @@ def fragment_kernel(  # noqa: C901
     results = ()
     gates = ()
     for b in gl.static_range(B):
-        results = results + (gl.convert_layout(gl.sum(totals[b], 0), o_layout),)
+        results = results + (gl.sum(gl.convert_layout(totals[b], all_layout), 0),)
         if GATED:
-            gates = gates + (gl.convert_layout(gl.sum(factors[b], 0), o_layout),)
+            gates = gates + (gl.sum(gl.convert_layout(factors[b], all_layout), 0),)
     complete = True
     if DIVIDED:
         mine = partial_ptr + (tile * splits + split) * WIDTH
