@@ -81,9 +81,6 @@ def _compile(
 
     start = perf_counter()
     function = getattr(importlib.import_module(module), name)
-    kind = triton.compiler.ASTSource
-    if function.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as kind
-    source = kind(function, signature, constants, attributes)
+    source = triton.compiler.ASTSource(function, signature, constants, attributes)
     triton.compile(source, target=target, options=options)
     return perf_counter() - start

@@ -64,3 +64,17 @@ def launch_fragment(tile: Fragment, rows, weight: QuantizedWeight, bias, activat
         ACTIVATION=activation, GATED=gated, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         PACKED=not interpreting(), PDL=pdl, num_warps=tile.warps, **options,
     )  # fmt: skip
+
+
+def compile_job(module, name, signature, constants, attributes, options, target) -> float:
+    """Stands in for `benchmark.compile_ahead._compile`, which does not know kernels in Gluon."""
+    import importlib
+    from time import perf_counter
+
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    start = perf_counter()
+    function = getattr(importlib.import_module(module), name)
+    kind = GluonASTSource if function.is_gluon() else triton.compiler.ASTSource
+    triton.compile(kind(function, signature, constants, attributes), target=target, options=options)
+    return perf_counter() - start

@@ -19,9 +19,10 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
+from benchmark import compile_ahead
 from benchmark.compile_ahead import Compilers
 from benchmark.product_times import FORMATS, graph_seconds
-from experiments.fragment import Fragment, launch_fragment
+from experiments.fragment import Fragment, compile_job, launch_fragment
 from huggingface.transformers.integrations.quantized_linear import QuantizedWeight, launch
 from huggingface.transformers.integrations.quantized_linear_tiles import Product, choose_tile
 from huggingface.transformers.integrations.skinny_linear import ACTIVATIONS
@@ -31,6 +32,7 @@ SHAPES = {
     "7b gate_up": (28672, 4096, True), "7b down": (4096, 14336, False),
 }  # fmt: skip
 SHOWN = 4
+compile_ahead._compile = compile_job
 
 # Columns, slices, warps across, runs, splits, most registers: for up to 8 rows, up to 16, and more.
 FEW = {
