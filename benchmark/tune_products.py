@@ -3,10 +3,10 @@
     python -m benchmark.tune_products --output huggingface/transformers/integrations/quantized_linear_tiles.json
 
 For every product of the published decoders of `product_times`, or of the models that `--models` names, every format and number of
-rows, it times what :func:`candidates` names, in a graph over copies of a weight that together exceed the second-level cache. A
-candidate whose result is off is dropped and named. The fastest goes into the file under the device's name; entries of other
-devices stay. Beside the file, `.md` has the times and `.timings.json` those of every candidate. Kernels are compiled in processes
-of their own meanwhile.
+rows, it times what `tile_candidates.py` names, in a graph over copies of a weight that together exceed the second-level cache. A
+candidate whose result is off is dropped and named. The fastest goes into the file under the device's name; what was not timed,
+such as the rows that `--rows` leaves out, stays as it was. Beside the file, `.md` has this call's times and `.timings.json` those
+of every candidate. Kernels are compiled in processes of their own meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,20 +28,15 @@ from benchmark.compile_ahead import Compilers
 from benchmark.device_times import setting
 from benchmark.files import read_json, write_atomically, write_json
 from benchmark.product_times import FORMATS, SHAPES, Shape, geometric_mean, graph_seconds
+from benchmark.tile_candidates import candidates
 from huggingface.transformers.integrations import triton_support
 from huggingface.transformers.integrations.quantized_linear import (
     QuantizedWeight,
     launch,
 )
-from huggingface.transformers.integrations.quantized_linear_tiles import (
-    Product,
-    RowsTile,
-    RowTile,
-    Tile,
-    default_tile,
-)
+from huggingface.transformers.integrations.quantized_linear_tiles import Product, Tile
 from huggingface.transformers.integrations.skinny_linear import ACTIVATIONS
-from huggingface.transformers.quantizers.packing import WeightFormat, runs
+from huggingface.transformers.quantizers.packing import WeightFormat
 
 TUNABLE = {
     **SHAPES,
@@ -53,19 +48,9 @@ TUNABLE = {
 """Products by model; GPT-Neo-125M has the same as GPT-2."""
 TIMED_ROWS = {1: (1,), 16: (16,), 32: (32,), 64: (33, 64), 128: (112,), 256: (224,)}
 """For each number of rows that tiles are chosen for, those that are timed; the least sum is chosen."""
-FEWEST_PROGRAMS, MOST_PROGRAMS = 100, 600
-"""Programs of a product whose runs are divided: fewer leave multiprocessors idle, more only add partial sums."""
 MOST_COPIES = 128
 SHOWN = 3
 """Tiles of a product that are reported, the fastest first."""
-TILES = {
-    1: [(8, 64, 4, 4)],
-    16: [(16, 64, 2, 4), (16, 64, 4, 6), (16, 64, 4, 4), (16, 32, 2, 4)],
-    32: [(32, 64, 2, 4), (32, 64, 4, 4), (32, 128, 4, 4), (32, 128, 8, 3)],
-    64: [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (64, 128, 8, 3)],
-    128: [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 8, 3)],
-}
-"""For each number of rows, rows, columns, warps and stages of the tiles on the tensor cores that are tried."""
 
 
 @dataclass
@@ -77,51 +62,14 @@ class Tuning:
         timings: a line for each product, format, rows and candidate: what it is, and `s`, seconds for each number of rows.
         baseline: for outputs, inner and rows, the half-precision product's seconds.
         skipped: candidates that were not timed because of the deadline.
+        timed: which of `TIMED_ROWS` are tuned.
     """
 
     deadline: float
     timings: list[dict[str, Any]] = field(default_factory=list)
     baseline: dict[tuple[int, int, int], float] = field(default_factory=dict)
     skipped: int = 0
-
-
-def row_candidates(product: Product) -> Iterator[RowTile]:
-    """Yields tiles of the kernel for one row."""
-    half = 2 if product.gated else 1
-    for columns, pieces, warps in (
-        (2, 128, 4), (4, 128, 4), (8, 128, 4), (4, 64, 2), (8, 64, 2), (4, 32, 1), (8, 32, 1), (16, 32, 4), (4, 256, 8),
-    ):  # fmt: skip
-        if pieces >= 2 * product.pieces:
-            continue
-        for ahead in (False, True):
-            if not ahead or (pieces < product.pieces and columns < 8):
-                yield RowTile(columns // half, pieces, warps, ahead)
-
-
-def rows_candidates(product: Product) -> Iterator[RowsTile]:
-    """Yields tiles of the kernel on the tensor cores."""
-    for rows, columns, warps, stages in TILES[min(product.rows, 128)]:
-        if (
-            product.gated
-            and rows > 16
-            and (warps == 2 or rows * columns > 1024 * warps or warps * 32 == columns)
-        ):
-            continue  # spills
-        tiles = -(-product.columns // columns) * -(-product.rows // rows)
-        most = max(1, min(MOST_PROGRAMS // tiles, runs(product.inner) // 2))
-        possible = [splits for splits in (1, 2, 4, 8) if splits <= most]
-        for splits in possible:
-            if tiles * splits >= FEWEST_PROGRAMS or splits == possible[-1]:
-                yield RowsTile(rows, columns, splits, warps, stages)
-
-
-def candidates(product: Product) -> list[Tile]:
-    """Returns the tiles that are tried for a product, the rule's own first."""
-    found: list[Tile] = [default_tile(product)]
-    if product.rows == 1:
-        found += row_candidates(product)
-    found += rows_candidates(product)
-    return list(dict.fromkeys(found))
+    timed: dict[int, tuple[int, ...]] = field(default_factory=lambda: TIMED_ROWS)
 
 
 def products(models: Sequence[str]) -> Iterator[tuple[str, str, Shape]]:
@@ -142,7 +90,9 @@ def run_tile(tile: Tile, rows: torch.Tensor, weight: QuantizedWeight, gated: boo
     return output
 
 
-def compile_all(compilers: Compilers, models: Sequence[str], device: torch.device) -> dict[Any, list[Any]]:
+def compile_all(
+    compilers: Compilers, models: Sequence[str], device: torch.device, timed: Iterable[int]
+) -> dict[Any, list[Any]]:
     """Starts every compilation; returns the futures by product and tile."""
     futures: dict[Any, list[Any]] = {}
     for _, _, shape in products(models):
@@ -152,7 +102,7 @@ def compile_all(compilers: Compilers, models: Sequence[str], device: torch.devic
                 for name, size in kind.shapes(shape.outputs, shape.inner).items()
             }
             weight = QuantizedWeight(kind, shape.inner, stored["weight"], stored["weight_scale"])
-            for most in TIMED_ROWS:
+            for most in timed:
                 rows = torch.empty(1, most, shape.inner, device=device, dtype=torch.bfloat16)
                 product = Product(kind, most, shape.outputs, shape.inner, shape.gated)
                 for tile in candidates(product):
@@ -189,7 +139,7 @@ def tune_format(
         QuantizedWeight(kind, shape.inner, weight.weight.clone(), weight.scale.clone())
         for _ in range(min(MOST_COPIES, 2 * cache_bytes // stored))
     ]
-    for most, counts in TIMED_ROWS.items():
+    for most, counts in tuning.timed.items():
         product = Product(kind, most, shape.outputs, shape.inner, shape.gated)
         given = {
             count: torch.randn(1, count, shape.inner, device=device, dtype=torch.bfloat16) for count in counts
@@ -255,7 +205,7 @@ def time_baseline(tuning: Tuning, shape: Shape, device: torch.device, cache_byte
     weight = torch.randn(shape.outputs, shape.inner, device=device, dtype=torch.bfloat16)
     copies = [weight] + [weight.clone() for _ in range(min(MOST_COPIES, 2 * cache_bytes // weight.nbytes))]
     calls = [lambda rows, w=one: F.linear(rows, w) for one in copies]
-    for count in (count for counts in TIMED_ROWS.values() for count in counts):
+    for count in (count for counts in tuning.timed.values() for count in counts):
         rows = torch.randn(1, count, shape.inner, device=device, dtype=torch.bfloat16)
         tuning.baseline[shape.outputs, shape.inner, count] = graph_seconds(calls, rows)
 
@@ -282,6 +232,16 @@ def table(tuning: Tuning) -> dict[str, Any]:
         rows = found.setdefault(timing["format"], {}).setdefault(str(timing["rows"]), {})
         rows[f"{timing['outputs']}x{timing['inner']}{gated}"] = timing["tile"]
     return found
+
+
+def completed(stored: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a file holds for a device with what was found; formats, rows and products that were not tuned stay."""
+    kept = {kind: dict(rows) for kind, rows in stored.items()}
+    for kind, rows in found.items():
+        for most, tiles in rows.items():
+            before = kept.setdefault(kind, {}).get(most, {})
+            kept[kind][most] = {**before, **tiles}
+    return kept
 
 
 def report(tuning: Tuning, where: dict[str, Any]) -> str:
@@ -314,11 +274,13 @@ def report(tuning: Tuning, where: dict[str, Any]) -> str:
     return "\n".join(head + lines + (tail if others else [])) + "\n"
 
 
-def tune(compilers: Compilers, models: Sequence[str], device: torch.device, seconds: float) -> Tuning:
+def tune(
+    compilers: Compilers, models: Sequence[str], rows: Sequence[int], device: torch.device, seconds: float
+) -> Tuning:
     """Returns what all products' candidates take."""
-    tuning = Tuning(perf_counter() + seconds)
+    tuning = Tuning(perf_counter() + seconds, timed={most: TIMED_ROWS[most] for most in rows})
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    futures = compile_all(compilers, models, device)
+    futures = compile_all(compilers, models, device, tuning.timed)
     say(f"{len(futures)} candidates, {compilers.kernels} kernels to compile")
     for model, part, shape in products(models):
         time_baseline(tuning, shape, device, cache)
@@ -328,8 +290,8 @@ def tune(compilers: Compilers, models: Sequence[str], device: torch.device, seco
     return tuning
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Runs one call; exit code 2 for bad arguments or a device without the kernels."""
+def _arguments(words: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Returns the parser and its flags, `models` and `rows` as lists."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmark.tune_products", description=str(__doc__).split("\n")[0]
     )
@@ -337,12 +299,24 @@ def main(words: Sequence[str] | None = None) -> int:
         "--output", type=Path, required=True, help="JSON file of tiles to write or to complete"
     )
     parser.add_argument("--models", default=",".join(SHAPES), help="comma list [%(default)s]")
+    every = ",".join(map(str, TIMED_ROWS))
+    parser.add_argument(
+        "--rows", default=every, help="comma list of the rows that tiles are chosen for [%(default)s]"
+    )
     parser.add_argument("--seconds", type=float, default=150, help="time to measure for [%(default)s]")
     flags = parser.parse_args(words)
-    models = flags.models.split(",")
-    unknown = [model for model in models if model not in TUNABLE]
-    if unknown:
+    flags.models, flags.rows = flags.models.split(","), flags.rows.split(",")
+    if unknown := [model for model in flags.models if model not in TUNABLE]:
         parser.error(f"--models knows {', '.join(TUNABLE)}; got {unknown}.")
+    if unknown := [rows for rows in flags.rows if rows not in every.split(",")]:
+        parser.error(f"--rows knows {every}; got {unknown}.")
+    flags.rows = [int(rows) for rows in flags.rows]
+    return parser, flags
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one call; exit code 2 for bad arguments or a device without the kernels."""
+    parser, flags = _arguments(words)
     if triton_support.triton is None:
         parser.error("Triton is not installed.")
     with Compilers(len(os.sched_getaffinity(0))) as compilers:
@@ -350,10 +324,11 @@ def main(words: Sequence[str] | None = None) -> int:
             parser.error("no CUDA device.")
         device = torch.device("cuda")
         with torch.no_grad():
-            tuning = tune(compilers, models, device, flags.seconds)
+            tuning = tune(compilers, flags.models, flags.rows, device, flags.seconds)
     where = setting(device)
     stored = read_json(flags.output) or {}
-    write_json(flags.output, {**stored, where["device_name"]: table(tuning)})
+    name = where["device_name"]
+    write_json(flags.output, {**stored, name: completed(stored.get(name, {}), table(tuning))})
     write_json(flags.output.with_suffix(".timings.json"), {**where, "timings": tuning.timings})
     write_atomically(flags.output.with_suffix(".md"), report(tuning, where))
     say(report(tuning, where))

@@ -1,7 +1,8 @@
-"""The kernel behind `quantized_linear.py` for one row: a step of plain decoding.
+"""The kernel behind `quantized_linear.py` for one row in the formats and sizes that `quantized_row_mma.py` does not take.
 
-Converting an integer to a float is four times as slow as adding two of them, and at 4 bits a product has some four instructions
-a weight before the arithmetic takes longer than the memory. So nothing is converted. A field of k bits put at the top of a
+Converting an integer to a float is four times as slow as adding two of them, and at 4 bits the arithmetic takes as long as the
+memory: the loop has 4.7, 3.8 or 3.4 instructions a weight with two, four or eight outputs a program (groups of 128, compiled for
+sm_90). So nothing is converted. A field of k bits put at the top of a
 float32's mantissa, under the exponent of one, *is* the number 1 + q / 2^k: a shift, one logical instruction, and the number is
 multiplied with its input. What that adds to the sum, the sum of the inputs, is taken off once for each 16 bytes of weights::
 
@@ -28,7 +29,7 @@ def _field(words, LEFT: tl.constexpr, MASK: tl.constexpr, one):
 
 
 @jit
-def _pair(words, BRAIN: tl.constexpr):
+def half_pair(words, BRAIN: tl.constexpr):
     """Returns the float32 values of the two half-precision numbers in each int32, the lower one first."""
     if BRAIN:
         low = (words << 16).to(tl.float32, bitcast=True)
@@ -64,15 +65,15 @@ def _inputs(row_ptr, piece, known, BITS: tl.constexpr, BRAIN: tl.constexpr, MASK
     word = tl.arange(0, 4)[None, None, :]
     if BITS == 8:
         at = row_ptr + (piece // 8 * 64 + piece % 8 * 4)[:, None, None] + word
-        first, third = _pair(_load(at, known[:, None, None], 0, MASKED), BRAIN)
-        second, fourth = _pair(_load(at + 32, known[:, None, None], 0, MASKED), BRAIN)
+        first, third = half_pair(_load(at, known[:, None, None], 0, MASKED), BRAIN)
+        second, fourth = half_pair(_load(at + 32, known[:, None, None], 0, MASKED), BRAIN)
         found = (first, second, third, fourth)
     else:
         at = row_ptr + (piece // 4 * 64 + piece % 4 * 4)[:, None, None] + word
-        low0, high0 = _pair(_load(at, known[:, None, None], 0, MASKED), BRAIN)
-        low1, high1 = _pair(_load(at + 16, known[:, None, None], 0, MASKED), BRAIN)
-        low2, high2 = _pair(_load(at + 32, known[:, None, None], 0, MASKED), BRAIN)
-        low3, high3 = _pair(_load(at + 48, known[:, None, None], 0, MASKED), BRAIN)
+        low0, high0 = half_pair(_load(at, known[:, None, None], 0, MASKED), BRAIN)
+        low1, high1 = half_pair(_load(at + 16, known[:, None, None], 0, MASKED), BRAIN)
+        low2, high2 = half_pair(_load(at + 32, known[:, None, None], 0, MASKED), BRAIN)
+        low3, high3 = half_pair(_load(at + 48, known[:, None, None], 0, MASKED), BRAIN)
         found = (low0, low1, low2, low3, high0, high1, high2, high3)
     return found
 

@@ -1,9 +1,10 @@
 """Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
 
-Two kernels: one row (`quantized_gemv.py`), and up to :data:`MANY_ROWS` (`quantized_linear_kernels.py`). Above that, as in a
-prompt, reading weights is no longer what a product costs; they are turned into the inputs' dtype (`dequantize.py`) and the
-vendor's library multiplies. The same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's
-own product of 8-bit weights is used where it is faster: one row in bfloat16.
+Three kernels: one row on the tensor cores (`quantized_row_mma.py`) or, in formats and sizes that do not go there, in float32
+(`quantized_gemv.py`), and up to :data:`MANY_ROWS` (`quantized_linear_kernels.py`). Above that, as in a prompt, reading weights is
+no longer what a product costs; they are turned into the inputs' dtype (`dequantize.py`) and the vendor's library multiplies. The
+same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's own product of 8-bit weights is
+used where it is faster: one row in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .dequantize import dense
 from .fused_norm import add_norm
 from .quantized_gemv import quantized_row_kernel
 from .quantized_linear_kernels import quantized_rows_kernel
-from .quantized_linear_tiles import Product, RowsTile, RowTile, choose_tile
+from .quantized_linear_tiles import MatrixRowTile, Product, RowsTile, RowTile, Tile, choose_tile
+from .quantized_row_mma import quantized_row_mma_kernel
 from .skinny_linear import ACTIVATIONS, DTYPES, arrivals, finish
 from .triton_support import interpreting, overlaps_launches, triton, unavailable
 
@@ -170,7 +172,7 @@ def quantized_linear(
 
 
 def launch(
-    tile: RowTile | RowsTile,
+    tile: Tile,
     rows: torch.Tensor,
     weight: QuantizedWeight,
     bias: torch.Tensor | None,
@@ -183,6 +185,8 @@ def launch(
     given = (rows, weight, bias, activation, gated, residual, output)
     if isinstance(tile, RowTile):
         _launch_row(tile, *given)
+    elif isinstance(tile, MatrixRowTile):
+        _launch_matrix_row(tile, *given)
     else:
         _launch_rows(tile, *given)
 
@@ -202,15 +206,19 @@ def _plain_product(rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tens
 
 
 def _shared(weight: QuantizedWeight, bias, activation: int, gated: bool, residual) -> dict[str, object]:
-    """Returns the launch options that both kernels take."""
-    kind = weight.kind
+    """Returns the launch options that all kernels take."""
     pdl = overlaps_launches(weight.weight.device)
     options: dict[str, object] = {
-        "PARTS": RUN // kind.group_size if kind.group_size else 1, "BITS": kind.bits, "ZERO": kind.zero_point,
-        "GROUPED": kind.group_size is not None, "ACTIVATION": activation, "GATED": gated, "HAS_BIAS": bias is not None,
+        "BITS": weight.kind.bits, "ACTIVATION": activation, "GATED": gated, "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None, "PDL": pdl,
     }  # fmt: skip
     return options | ({"launch_pdl": True} if pdl else {})
+
+
+def _grouping(kind: WeightFormat) -> dict[str, object]:
+    """Returns the launch options of the kernels that take every format."""
+    parts = RUN // kind.group_size if kind.group_size else 1
+    return {"PARTS": parts, "ZERO": kind.zero_point, "GROUPED": kind.group_size is not None}
 
 
 def _epilogue(rows, weight: QuantizedWeight, bias, residual, output) -> tuple[torch.Tensor, ...]:
@@ -238,13 +246,36 @@ def _launch_row(
         MASKED=columns % tile.columns != 0 or pieces % tile.pieces != 0,
         AHEAD=tile.ahead,
         num_warps=tile.warps,
+        **_grouping(weight.kind),
         **_shared(weight, bias, activation, gated, residual),
     )
 
 
-def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Returns the rows, copied where they do not start at a multiple of 16 bytes."""
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+def _launch_matrix_row(
+    tile: MatrixRowTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output
+) -> None:
+    columns = output.shape[-1]
+    words = _aligned(weight.weight).view(torch.int32)
+    scale, _, *others = _epilogue(rows, weight, bias, residual, output)
+    quantized_row_mma_kernel[(columns // (4 * tile.fours),)](
+        _aligned(rows).view(torch.int32),
+        words,
+        scale,
+        *others,
+        columns,
+        PIECES=words.shape[1] // 4,
+        BLOCK_PIECES=tile.pieces,
+        FOURS=tile.fours,
+        DEPTH=tile.depth,
+        PACKED=not interpreting(),
+        num_warps=tile.warps,
+        **_shared(weight, bias, activation, gated, residual),
+    )
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor, copied where it does not start at a multiple of 16 bytes."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _launch_rows(
@@ -280,5 +311,6 @@ def _launch_rows(
         PACKED=not interpreting(),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **_grouping(weight.kind),
         **_shared(weight, bias, activation, gated, residual),
     )

@@ -39,6 +39,11 @@ def jit(function: Any = None, **options: Any) -> Any:
     return triton.jit(function, **options) if triton is not None else function
 
 
+def constant(value: Any) -> Any:
+    """Returns a value as kernels may name it from their module, or the value itself where there is no Triton."""
+    return tl.constexpr(value) if tl is not None else value
+
+
 def interpreting() -> bool:
     """Returns whether kernels run in Triton's interpreter, as the tests have it on a CPU."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"

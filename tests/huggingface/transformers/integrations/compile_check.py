@@ -34,12 +34,14 @@ class Usage:
         registers: Registers of a thread.
         spills: Bytes of stack, which registers spill to.
         shared: Bytes of shared memory of a program.
+        layouts: Different layouts of what its inline assembly returns, as the compiler writes them.
     """
 
     capability: int
     registers: int
     spills: int
     shared: int
+    layouts: list[str]
 
     @property
     def fits(self) -> bool:
@@ -113,7 +115,15 @@ def _compile(capability: int, module, name, signature, constexprs, num_warps, nu
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills = _resources(compiled.asm["cubin"])
-    return Usage(capability, registers, spills, compiled.metadata.shared)
+    return Usage(
+        capability, registers, spills, compiled.metadata.shared, _assembly_layouts(compiled.asm["ttgir"])
+    )
+
+
+def _assembly_layouts(code: str) -> list[str]:
+    names = dict(re.findall(r"^(#\w+) = (#ttg.*)$", code, re.MULTILINE))
+    results = re.findall(r"tt\.elementwise_inline_asm .*-> tensor<[^#>]*(#\w+)>", code)
+    return sorted({names[result] for result in results})
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

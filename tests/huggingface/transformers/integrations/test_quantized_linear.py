@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from huggingface.transformers.integrations import quantized_linear as module
 from huggingface.transformers.integrations.quantized_linear import (
@@ -24,12 +21,9 @@ from huggingface.transformers.integrations.skinny_linear import arrivals
 from huggingface.transformers.integrations.triton_support import unavailable
 from huggingface.transformers.quantizers.packing import WeightFormat
 
-from . import compile_check
-from .recorded_launch import recorded
+from .packed_products import DEVICE, arguments, cast, check_compiled, check_loss
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_kernels = pytest.mark.skipif(unavailable(DEVICE) is not None, reason="no Triton")
-MODULE = "huggingface.transformers.integrations.quantized_linear"
 INT8, NAIVE = WeightFormat(8), WeightFormat(4)
 GROUPS = [WeightFormat(4, size, zero) for size in (32, 64, 128) for zero in (False, True)]
 FORMATS = [INT8, NAIVE, *GROUPS]
@@ -44,51 +38,10 @@ REAL = [
 """Outputs, inputs and whether gated, of Mistral-7B's products and Llama-3.2-3B's query, key and value."""
 
 
-def arguments(rows, columns, inner, kind, gated=False, bias=False, residual=False, norm=None):
-    """Returns the arguments of a product in float32; weights of a size that keeps outputs near 1."""
-    torch.manual_seed(rows + inner)
-    weight = torch.randn(columns * (2 if gated else 1), inner) * inner**-0.5
-    layer = {"layer": nn.LayerNorm, "rms": LlamaRMSNorm}[norm](inner) if norm else None
-    return {
-        "rows": torch.randn(1, rows, inner),
-        "weight": QuantizedWeight.of(weight, kind),
-        "bias": torch.randn(columns) if bias else None,
-        "residual": torch.randn(1, rows, columns) if residual else None,
-        "norm": layer,
-    }
-
-
-def cast(given: dict, dtype: torch.dtype) -> dict:
-    """Returns the arguments on the device, all but the packed weight in another dtype."""
-    weight = given["weight"]
-    tensors = {name: tensor.to(DEVICE) for name, tensor in weight.tensors().items()}
-    moved = QuantizedWeight(
-        weight.kind, weight.inner, tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero")
-    )
-    rest = {name: value for name, value in given.items() if name != "weight"}
-    others = {n: v if v is None else copy.deepcopy(v).to(DEVICE, dtype) for n, v in rest.items()}
-    return others | {"weight": moved}
-
-
-@torch.no_grad()
-def check_loss(given: dict, dtype=torch.float16, **options) -> torch.Tensor:
-    """Asserts that the product loses at most twice what plain operations of the dtype lose against float32; returns it."""
-    rounded = cast(given, dtype)
-    got = quantized_linear(**rounded, **options)
-    plain = quantized_linear_reference(**rounded, **options)
-    exact = quantized_linear_reference(**cast(rounded, torch.float32), **options)
-    assert got.dtype == dtype
-    assert got.shape == exact.shape
-    loss = float((plain.float() - exact).abs().max())
-    rounding = torch.finfo(dtype).eps / 2 * float(exact.abs().max())
-    assert float((got.float() - exact).abs().max()) <= 2 * loss + 2 * rounding
-    return got
-
-
 def started(monkeypatch) -> list[str]:
     """Returns a list that gains the name of every launch."""
     names: list[str] = []
-    for name in ("_launch_row", "_launch_rows"):
+    for name in ("_launch_row", "_launch_matrix_row", "_launch_rows"):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, o=original, n=name: names.append(n) or o(*args))
     return names
@@ -101,7 +54,11 @@ def started(monkeypatch) -> list[str]:
 def test_any_size(kind, columns, inner, rows, monkeypatch):
     names = started(monkeypatch)
     check_loss(arguments(rows, columns, inner, kind))
-    assert names == ["_launch_row" if rows == 1 and inner % 128 == 0 else "_launch_rows"]
+    expected = "_launch_rows"
+    if rows == 1 and inner % 128 == 0:
+        matrix = columns % 4 == 0 and kind in (INT8, WeightFormat(4, 128))
+        expected = "_launch_matrix_row" if matrix else "_launch_row"
+    assert names == [expected]
 
 
 @needs_kernels
@@ -220,34 +177,6 @@ def test_the_module_holds_what_checkpoints_hold():
         "weight": (6, 64), "weight_scale": (6, 4), "weight_zero": (6, 4), "bias": (6,),
     }  # fmt: skip
     assert not any(parameter.requires_grad for parameter in layer.parameters())
-
-
-def check_compiled(monkeypatch, shapes, rows, kinds, dtypes, capabilities) -> None:
-    """Compiles each distinct kernel of these products and asserts that it fits the card."""
-    pytest.importorskip("triton")
-    kernels: list[tuple] = []
-    for (columns, inner, gated), count, kind, dtype in itertools.product(shapes, rows, kinds, dtypes):
-
-        def call(columns=columns, inner=inner, gated=gated, count=count, kind=kind, dtype=dtype):
-            def empty(*sizes, of=dtype):
-                return torch.empty(sizes, dtype=of, device="meta")
-
-            outputs = columns * (1 + gated)
-            stored = {n: empty(*s, of=kind.dtypes[n]) for n, s in kind.shapes(outputs, inner).items()}
-            weight = QuantizedWeight(
-                kind, inner, stored["weight"], stored["weight_scale"], stored.get("weight_zero")
-            )
-            quantized_linear(
-                empty(1, count, inner), weight, None if gated else empty(columns), "silu" if gated else "gelu_tanh",
-                gated, empty(1, count, columns),
-            )  # fmt: skip
-
-        name = "quantized_row_kernel" if count == 1 else "quantized_rows_kernel"
-        found = recorded(monkeypatch, MODULE, name, call)
-        assert len(found) == 1
-        kernels += [entry for entry in found if entry not in kernels]
-    for kernel, usages in zip(kernels, compile_check.compile_kernels(kernels, capabilities), strict=True):
-        assert all(usage.fits for usage in usages), (kernel, usages)
 
 
 def test_kernels_compile_without_spills(monkeypatch):

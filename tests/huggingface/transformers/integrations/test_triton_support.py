@@ -22,7 +22,7 @@ import torch
 import huggingface.transformers
 from huggingface.transformers.generation import fused_step, graph_runner
 from huggingface.transformers.integrations import (
-    context_lookup, fused_norm, gemv, rotary, skinny_linear, tree_acceptance, tree_attention, tree_drafting,
+    context_lookup, fused_norm, gemv, quantized_linear, rotary, skinny_linear, tree_acceptance, tree_attention, tree_drafting,
 )
 from huggingface.transformers.integrations.triton_support import unavailable
 
