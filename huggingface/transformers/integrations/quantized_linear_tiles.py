@@ -166,10 +166,12 @@ class Product:
         """Returns whether the kernel for one row on the tensor cores computes this product in a tile.
 
         Weights must be without zero points, in whole runs, at 4 bits in groups of 128. The code grows with the chunks, and
-        registers hold four chunks of four outputs, fewer the more warps a program has.
+        registers hold four chunks of four outputs, fewer the more warps a program has. Bytes of a gate spill with one chunk in
+        flight of several, or one of 256 pieces, and were slower so.
         """
         kind = self.kind
         chunks = -(-self.pieces // tile.pieces)
+        spills = chunks > 1 or tile.pieces > 128
         held = tile.depth * (2 if self.gated else tile.fours)
         return (
             self.rows == 1
@@ -177,7 +179,7 @@ class Product:
             and (kind.bits == 8 or kind.group_size == RUN)
             and not kind.zero_point
             and self.columns % (4 * tile.fours) == 0
-            and not (self.gated and tile.fours > 1)
+            and not (self.gated and (tile.fours > 1 or (kind.bits == 8 and tile.depth == 1 and spills)))
             and tile.depth <= chunks <= MOST_CHUNKS
             and held <= (4 if tile.pieces <= 128 else 2 if tile.pieces == 256 else 1)
         )
@@ -258,12 +260,12 @@ def default_matrix_tile(product: Product) -> MatrixRowTile:
     """Returns the tile of one row on the tensor cores, for a product that need not go there.
 
     Four outputs a program. 128 pieces at a time, fewer where 32 or 64 hold all, 256 where there would be more than four chunks
-    (the longer code spills on sm_80). Two chunks in flight where a program reads two halves or, at 4 bits, more than two chunks.
-    Of 13 products of Mistral-7B, Llama-3.2-3B and GPT-Neo-1.3B on an H200, with 5 to 18 tiles each, this was at most 10 % slower
-    than the fastest, 4 % on average.
+    and no gate (the longer code spills on sm_80). Two chunks in flight where a program reads two halves or, at 4 bits, more than
+    two chunks. Of 13 products of Mistral-7B, Llama-3.2-3B and GPT-Neo-1.3B on an H200, with 5 to 18 tiles each, this was at most
+    10 % slower than the fastest, 4 % on average.
     """
     pieces = next((count for count in (32, 64) if count >= product.pieces), 128)
-    if product.pieces > 4 * pieces:
+    if product.pieces > 4 * pieces and not product.gated:
         return MatrixRowTile(256, 1, 1)
     chunks = -(-product.pieces // pieces)
     two = chunks > 1 if product.gated else chunks > 2 and product.kind.bits == 4

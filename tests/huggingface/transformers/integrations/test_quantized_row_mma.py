@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from benchmark.tile_candidates import MATRIX_ROW_TILES
 from huggingface.transformers.integrations import quantized_linear as module
 from huggingface.transformers.integrations import quantized_linear_tiles as tiles
 from huggingface.transformers.integrations import quantized_row_mma as kernels
@@ -40,7 +41,8 @@ CASES = [
     (8, 3072, False, MatrixRowTile(64, 1, 2)),
     (8, 5120, False, MatrixRowTile(32, 1, 1)),
     (8, 1152, False, MatrixRowTile(128, 2, 1)),
-    (8, 1024, True, MatrixRowTile(32, 1, 1)),
+    (8, 2048, True, MatrixRowTile(32, 1, 2)),
+    (8, 512, True, MatrixRowTile(64, 1, 1)),
     (4, 4096, True, MatrixRowTile(64, 1, 2)),
 ]
 """Outputs, inputs, whether gated, and tiles: one chunk and several, the last one whole or not, more than four at 4 bits."""
@@ -132,7 +134,7 @@ def test_it_is_chosen_only_where_it_computes():
     for kind, out, size, gated, rows in itertools.product(FORMATS, columns, inner, (False, True), (1, 2, 16)):
         tile = default_tile(product_of(out, size, kind, gated, rows))
         computes = rows == 1 and size % 128 == 0 and out % 4 == 0 and kind in (INT8, INT4)
-        fits = size * kind.bits // 128 <= 256 * MOST_CHUNKS
+        fits = size * kind.bits // 128 <= (128 if gated else 256) * MOST_CHUNKS
         assert isinstance(tile, MatrixRowTile) == (computes and fits), (kind, out, size, gated, rows)
         assert isinstance(tile, RowsTile) == (rows > 1 or size % 128 != 0)
         if isinstance(tile, MatrixRowTile):
@@ -150,11 +152,13 @@ def test_it_is_chosen_only_where_it_computes():
         (INT4, 16, False, MatrixRowTile(64, 1, 3)),
         (INT4, 16, False, MatrixRowTile(128, 1, 2)),
         (INT8, 16, True, MatrixRowTile(32, 1, 3)),
+        (INT8, 16, True, MatrixRowTile(128, 1, 1)),
+        (INT8, 16, True, MatrixRowTile(256, 1, 1)),
         (WeightFormat(4, 128, True), 16, False, MatrixRowTile(64, 1, 1)),
     ],
 )
 def test_tiles_that_do_not_fit(kind, columns, gated, tile):
-    """Outputs that do not divide, two fours of a gate, chunks that are not there, too many registers, zero points."""
+    """Outputs that do not divide, two fours of a gate, chunks that are not there, registers that do not suffice, zero points."""
     assert not product_of(columns, 4096, kind, gated).takes(tile)
 
 
@@ -198,16 +202,14 @@ def test_kernels_compile_without_spills(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tile", [MatrixRowTile(*one) for one in MATRIX_ROW_TILES], ids=str)
 @pytest.mark.parametrize("kind", [INT8, INT4], ids=str)
-def test_every_tile_compiles_without_spills(kind, monkeypatch):
+def test_every_tile_that_is_tried_compiles_without_spills(kind, tile, monkeypatch):
     """Not for sm_80, where bytes in seven chunks spill 16 bytes, and no tile was measured."""
-    for pieces, fours, depth in itertools.product((32, 64, 128, 256), (1, 2), (1, 2, 4)):
-        tile = MatrixRowTile(pieces, fours, depth)
-        shapes = [shape for shape in MISTRAL if product_of(shape[0], shape[1], kind, shape[2]).takes(tile)]
-        monkeypatch.setattr(module, "choose_tile", lambda *_, tile=tile: tile)
-        if shapes:
-            dtypes = (torch.bfloat16, torch.float16)
-            check_layout(check_compiled(monkeypatch, shapes, (1,), [kind], dtypes, (86, 90)), {tile.warps})
+    shapes = [shape for shape in MISTRAL if product_of(shape[0], shape[1], kind, shape[2]).takes(tile)]
+    monkeypatch.setattr(module, "choose_tile", lambda *_: tile)
+    dtypes = (torch.bfloat16, torch.float16)
+    check_layout(check_compiled(monkeypatch, shapes, (1,), [kind], dtypes, (86, 90)), {tile.warps})
 
 
 @pytest.mark.gpu
