@@ -17,7 +17,7 @@ waits for its inputs it asks for the first of its weights and scales to be broug
 from __future__ import annotations
 
 from .gemv import activate
-from .triton_support import jit, release_dependents, tl, wait_for_inputs
+from .triton_support import jit, prefetch, release_dependents, tl, wait_for_inputs
 
 
 @jit
@@ -142,15 +142,6 @@ def _add_run8(total, words, first, second, PAIRED: tl.constexpr, PACKED: tl.cons
 
 
 @jit
-def _prefetch(pointers):
-    """Asks for the cache lines at pointers to be brought to the second-level cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64, bitcast=True)], dtype=tl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
-
-
-@jit
 def _add_joined(total, words, inputs, scale, BITS: tl.constexpr, PACKED: tl.constexpr):
     """Returns (columns, rows) totals with the scaled products of a run added, in one go with its (128, rows) inputs.
 
@@ -218,11 +209,11 @@ def quantized_rows_kernel(  # noqa: C901 - one kernel; its branches are compile-
         end = tl.maximum(past, begin + 1)
         for half in tl.static_range(2 if GATED else 1):
             known = tl.minimum(column, columns - 1) + half * columns
-            _prefetch(_lines(weight_ptr, known, length, begin * WIDTH, end * WIDTH, 4))
+            prefetch(_lines(weight_ptr, known, length, begin * WIDTH, end * WIDTH, 4))
             if GROUPED:
-                _prefetch(_lines(scale_ptr, known, groups, begin * PARTS, end * PARTS, 2))
+                prefetch(_lines(scale_ptr, known, groups, begin * PARTS, end * PARTS, 2))
             elif not JOINED:
-                _prefetch(scale_ptr + known)
+                prefetch(scale_ptr + known)
     if JOINED and not GROUPED:
         scale = _columns(scale_ptr + column, valid, MASKED)
         if GATED:
