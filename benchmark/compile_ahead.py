@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
+from huggingface.transformers.integrations.gluon_support import source_of
 from huggingface.transformers.integrations.triton_support import triton
 
 
@@ -81,6 +82,5 @@ def _compile(
 
     start = perf_counter()
     function = getattr(importlib.import_module(module), name)
-    source = triton.compiler.ASTSource(function, signature, constants, attributes)
-    triton.compile(source, target=target, options=options)
+    triton.compile(source_of(function, signature, constants, attributes), target=target, options=options)
     return perf_counter() - start

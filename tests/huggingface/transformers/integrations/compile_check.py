@@ -93,9 +93,13 @@ def compile_kernels(kernels: list[tuple], capabilities: tuple[int, ...] = (80, 8
     return [[Usage(**usage) for usage in usages] for usages in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _compile(capability: int, module, name, signature, constexprs, num_warps, num_stages, aligned) -> Usage:
+def _compile(
+    capability: int, module, name, signature, constexprs, num_warps, num_stages, aligned, registers=None
+) -> Usage:
     import triton
     from triton.backends.compiler import GPUTarget
+
+    from huggingface.transformers.integrations.gluon_support import source_of
 
     kernel = getattr(importlib.import_module(module), name)
     set_by_device = {"PDL": capability >= 90, "PACKED": True}
@@ -106,13 +110,9 @@ def _compile(capability: int, module, name, signature, constexprs, num_warps, nu
     multiples = [
         index for index, (name, kind) in enumerate(types.items()) if kind.startswith("*") or name in aligned
     ]
-    source = triton.compiler.ASTSource(
-        fn=kernel,
-        signature=types,
-        constexprs=constexprs,
-        attrs={(index,): [["tt.divisibility", 16]] for index in multiples},
-    )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    aligned_ones: dict = {(index,): [["tt.divisibility", 16]] for index in multiples}
+    source = source_of(kernel, types, constexprs, aligned_ones)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills = _resources(compiled.asm["cubin"])
     return Usage(

@@ -16,7 +16,7 @@ KINDS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
     torch.uint8: "*u8", torch.int16: "*i16",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "PDL", "PACKED")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "PDL", "PACKED")
 
 
 class _Recorder:
@@ -76,4 +76,5 @@ def _entry(place: str, kernel: str, names: list[str], launch: dict[str, Any]) ->
         launch.get("num_warps", 4),
         launch.get("num_stages", 3),
         aligned,
+        launch.get("maxnreg"),
     )

@@ -1,0 +1,100 @@
+"""What kernels with explicit layouts share: Gluon, Triton's lower level, whose import may fail, and its stand-in to interpret.
+
+Gluon code says which thread holds which number. Triton's interpreter knows no threads, so there layouts are nothing, and the few
+functions that take one are Triton's own without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from .triton_support import interpreting, jit, tl, triton
+
+TRIED = ("3.6.", "3.7.")
+"""Versions of Triton that the kernels in Gluon were compiled with. Gluon is experimental: names change from one to the next."""
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gluon_language
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2 as gluon_mma
+except ImportError:  # no Triton, or one without Gluon
+    gluon = gluon_language = gluon_mma = None
+
+
+def gluon_unavailable() -> str | None:
+    """Returns why kernels in Gluon cannot run, or `None` if they can. Whether the GPU can is `triton_support.unavailable`'s."""
+    if triton is None:
+        return "Triton is not installed"
+    if interpreting():
+        return None
+    if gluon is None:
+        return f"Triton {triton.__version__} has no Gluon with products on the tensor cores"
+    if not triton.__version__.startswith(TRIED):
+        return f"Gluon of Triton {triton.__version__} was not tried, only that of {', '.join(v + 'x' for v in TRIED)}"
+    return None
+
+
+def source_of(function: Any, signature: Any, constants: Any, attributes: Any) -> Any:
+    """Returns what `triton.compile` takes for a kernel, in Gluon or in Triton."""
+    if gluon is not None and function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(function, signature, constants, attributes)
+    return triton.compiler.ASTSource(function, signature, constants, attributes)
+
+
+def _stand_in() -> SimpleNamespace:
+    """Returns what of Gluon's language the kernels use, without layouts."""
+    return SimpleNamespace(
+        NVMMADistributedLayout=_nothing,
+        DotOperandLayout=_nothing,
+        SliceLayout=_nothing,
+        BlockedLayout=_nothing,
+        arange=lambda start, end, layout: tl.arange(start, end),
+        zeros=lambda shape, dtype, layout: tl.zeros(shape, dtype),
+        convert_layout=lambda value, layout, assert_trivial=False: value,
+    )
+
+
+def _nothing(*_args: object) -> None:
+    """Stands in for a layout."""
+
+
+def _layout_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that makes a layout as kernels may call it."""
+    if interpreting() or gluon is None:
+        return _nothing
+    return gluon.constexpr_function(function)
+
+
+if interpreting() or gluon is None:
+    gl: Any = _stand_in()
+    gluon_jit: Any = jit
+
+    def mma_v2(a: Any, b: Any, acc: Any) -> Any:
+        """Returns acc + a @ b, as the instruction does."""
+        return tl.dot(a, b, acc)
+else:
+    gl, gluon_jit, mma_v2 = gluon_language, gluon.jit, gluon_mma
+
+
+@_layout_function
+def word_layout(slices: int, columns: int) -> Any:
+    """Returns the layout of (slices, columns, 32) int16 words, a slice to each warp, that needs no change before the product.
+
+    A thread holds 8 consecutive words, 16 bytes; 4 threads the 32 words of a column; a warp 8 columns at a time.
+    """
+    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 8, 0]]
+    lanes = [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    warps = []
+    step = 16
+    while step < columns:
+        registers.append([0, step, 0])
+        step *= 2
+    step = 1
+    while step < slices:
+        warps.append([step, 0, 0])
+        step *= 2
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [slices, columns, 32])
