@@ -16,6 +16,7 @@ from huggingface.transformers.integrations.quantized_linear import (
     quantized_linear_reference,
 )
 from huggingface.transformers.integrations.quantized_linear_tiles import (
+    FragmentTile,
     MatrixRowTile,
     Product,
     RowsTile,
@@ -48,6 +49,10 @@ def test_every_product_has_candidates_that_fill_the_device(kind, rows):
         matrix = [tile for tile in found if isinstance(tile, MatrixRowTile)]
         assert (len(matrix) > 0) == (rows == 1)
         assert all(product.takes(tile) for tile in matrix)
+        fragments = [tile for tile in found if isinstance(tile, FragmentTile)]
+        assert fragments or rows not in (8, 16)
+        assert not fragments or 8 <= rows <= 64
+        assert all(tile.fits(product) for tile in fragments)
 
 
 def test_what_is_written_is_what_is_chosen(monkeypatch):

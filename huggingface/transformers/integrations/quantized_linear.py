@@ -1,10 +1,10 @@
 """Linear layers over weights of 8 or 4 bits: the module that holds them, and their products.
 
-Three kernels: one row on the tensor cores (`quantized_row_mma.py`) or, in formats and sizes that do not go there, in float32
-(`quantized_gemv.py`), and up to :data:`MANY_ROWS` (`quantized_linear_kernels.py`). Above that, as in a prompt, reading weights is
-no longer what a product costs; they are turned into the inputs' dtype (`dequantize.py`) and the vendor's library multiplies. The
-same happens on a CPU and in float32, where the kernels would gain nothing, except that torch's own product of 8-bit weights is
-used where it is faster: one row in bfloat16.
+Four kernels: one row on the tensor cores (`quantized_row_mma.py`) or, in formats and sizes that do not go there, in float32
+(`quantized_gemv.py`); few rows of most formats (`quantized_fragment.py`); and what remains of up to :data:`MANY_ROWS` rows
+(`quantized_linear_kernels.py`). Above that, as in a prompt, reading weights is no longer what a product costs; they are turned
+into the inputs' dtype (`dequantize.py`) and the vendor's library multiplies. The same happens on a CPU and in float32, where the
+kernels would gain nothing, except that torch's own product of 8-bit weights is used where it is faster: one row in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import nn
 from ..quantizers.packing import RUN, WeightFormat, dequantize, pair, quantize, runs
 from .dequantize import dense
 from .fused_norm import add_norm
+from .quantized_fragment import fragment_kernel
 from .quantized_gemv import quantized_row_kernel
 from .quantized_linear_kernels import quantized_rows_kernel
-from .quantized_linear_tiles import MatrixRowTile, Product, RowsTile, RowTile, Tile, choose_tile
+from .quantized_linear_tiles import FragmentTile, MatrixRowTile, Product, RowsTile, RowTile, Tile, choose_tile
 from .quantized_row_mma import quantized_row_mma_kernel
 from .skinny_linear import ACTIVATIONS, DTYPES, arrivals, finish
 from .triton_support import interpreting, overlaps_launches, triton, unavailable
@@ -187,6 +188,8 @@ def launch(
         _launch_row(tile, *given)
     elif isinstance(tile, MatrixRowTile):
         _launch_matrix_row(tile, *given)
+    elif isinstance(tile, FragmentTile):
+        _launch_fragment(tile, *given)
     else:
         _launch_rows(tile, *given)
 
@@ -312,5 +315,45 @@ def _launch_rows(
         num_warps=tile.warps,
         num_stages=tile.stages,
         **_grouping(weight.kind),
+        **_shared(weight, bias, activation, gated, residual),
+    )
+
+
+def _launch_fragment(
+    tile: FragmentTile, rows, weight: QuantizedWeight, bias, activation, gated, residual, output
+) -> None:
+    columns = output.shape[-1]
+    count = rows.numel() // weight.inner
+    grid = (triton.cdiv(columns, tile.columns), tile.splits)
+    blocks, steps = tile.blocks(count), tile.steps(weight.inner)
+    partials = rows
+    if tile.splits > 1:
+        cells = tile.rows * blocks * tile.columns * (2 if gated else 1)
+        partials = torch.empty(grid[0] * grid[1] * cells, dtype=torch.float32, device=rows.device)
+    scale, _, *others = _epilogue(rows, weight, bias, residual, output)
+    fragment_kernel[grid](
+        rows,
+        weight.weight.view(torch.int16),
+        scale,
+        *others,
+        partials,
+        arrivals(rows.device),
+        count,
+        columns,
+        runs(weight.inner),
+        tile.splits,
+        steps,
+        BLOCK_ROWS=tile.rows,
+        BLOCKS=blocks,
+        BLOCK_COLUMNS=tile.columns,
+        SLICES=tile.slices,
+        RUNS=tile.runs,
+        AHEAD=tile.ahead(count),
+        LOOP=steps > 1,
+        DIVIDED=tile.splits > 1,
+        GROUPED=weight.kind.group_size is not None,
+        PACKED=not interpreting(),
+        num_warps=tile.slices,
+        maxnreg=tile.registers,
         **_shared(weight, bias, activation, gated, residual),
     )

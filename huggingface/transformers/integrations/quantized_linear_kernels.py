@@ -21,7 +21,7 @@ from .triton_support import jit, release_dependents, tl, wait_for_inputs
 
 
 @jit
-def _nibbles(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constexpr):
+def nibbles(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constexpr):
     """Returns the half-precision numbers q - 8 of one of the four nibbles of int16 words.
 
     PACKED: in pairs, by instructions for a GPU; otherwise by operations that Triton's interpreter knows.
@@ -49,8 +49,8 @@ def _nibbles(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constex
 
 
 @jit
-def _bytes(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constexpr):
-    """Returns the half-precision numbers of one of the two signed bytes of int16 words; PACKED as for `_nibbles`."""
+def signed_bytes(words, PLACE: tl.constexpr, BRAIN: tl.constexpr, PACKED: tl.constexpr):
+    """Returns the half-precision numbers of one of the two signed bytes of int16 words; PACKED as for `nibbles`."""
     if not PACKED:
         numbers = (((words >> (8 * PLACE)) & 255) ^ 128).to(tl.float32) - 128.0
         result = numbers.to(tl.bfloat16 if BRAIN else tl.float16)
@@ -77,7 +77,7 @@ def _quarter(words, zero, PLACE: tl.constexpr, ZERO: tl.constexpr, BRAIN: tl.con
         numbers = ((words >> (4 * PLACE)) & 15).to(tl.float32) - zero
         result = numbers.to(tl.bfloat16 if BRAIN else tl.float16)
     else:
-        result = _nibbles(words, PLACE, BRAIN, PACKED)
+        result = nibbles(words, PLACE, BRAIN, PACKED)
     return result
 
 
@@ -134,8 +134,8 @@ def _add_run8(total, words, first, second, PAIRED: tl.constexpr, PACKED: tl.cons
     """Returns (columns, rows) totals with the products of a run of bytes added; `second`: its later half where `PAIRED`."""
     BRAIN: tl.constexpr = first.dtype == tl.bfloat16
     if PAIRED:
-        total = tl.dot(_bytes(words, 0, BRAIN, PACKED), first, total)
-        total = tl.dot(_bytes(words, 1, BRAIN, PACKED), second, total)
+        total = tl.dot(signed_bytes(words, 0, BRAIN, PACKED), first, total)
+        total = tl.dot(signed_bytes(words, 1, BRAIN, PACKED), second, total)
     else:
         total = tl.dot(words.to(tl.float32).to(first.dtype), first, total)
     return total
@@ -159,12 +159,12 @@ def _add_joined(total, words, inputs, scale, BITS: tl.constexpr, PACKED: tl.cons
     """
     BRAIN: tl.constexpr = inputs.dtype == tl.bfloat16
     if BITS == 4:
-        earlier = tl.join(_nibbles(words, 0, BRAIN, PACKED), _nibbles(words, 1, BRAIN, PACKED))
-        later = tl.join(_nibbles(words, 2, BRAIN, PACKED), _nibbles(words, 3, BRAIN, PACKED))
+        earlier = tl.join(nibbles(words, 0, BRAIN, PACKED), nibbles(words, 1, BRAIN, PACKED))
+        later = tl.join(nibbles(words, 2, BRAIN, PACKED), nibbles(words, 3, BRAIN, PACKED))
         numbers = tl.permute(tl.join(earlier, later), (0, 3, 2, 1))
     else:
         numbers = tl.permute(
-            tl.join(_bytes(words, 0, BRAIN, PACKED), _bytes(words, 1, BRAIN, PACKED)), (0, 2, 1)
+            tl.join(signed_bytes(words, 0, BRAIN, PACKED), signed_bytes(words, 1, BRAIN, PACKED)), (0, 2, 1)
         )
     numbers = tl.reshape(numbers, (words.shape[0], 128))
     return total + tl.dot(numbers, inputs) * scale.to(tl.float32)[:, None]

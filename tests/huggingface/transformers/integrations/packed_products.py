@@ -17,6 +17,7 @@ from huggingface.transformers.integrations.quantized_linear import (
     quantized_linear_reference,
 )
 from huggingface.transformers.integrations.quantized_linear_tiles import (
+    FragmentTile,
     MatrixRowTile,
     Product,
     RowsTile,
@@ -31,6 +32,7 @@ KERNELS = {
     RowTile: "quantized_row_kernel",
     MatrixRowTile: "quantized_row_mma_kernel",
     RowsTile: "quantized_rows_kernel",
+    FragmentTile: "fragment_kernel",
 }
 """The kernel that computes a product in a kind of tile."""
 

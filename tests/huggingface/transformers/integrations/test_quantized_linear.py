@@ -41,7 +41,7 @@ REAL = [
 def started(monkeypatch) -> list[str]:
     """Returns a list that gains the name of every launch."""
     names: list[str] = []
-    for name in ("_launch_row", "_launch_matrix_row", "_launch_rows"):
+    for name in ("_launch_row", "_launch_matrix_row", "_launch_rows", "_launch_fragment"):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, o=original, n=name: names.append(n) or o(*args))
     return names
@@ -58,6 +58,8 @@ def test_any_size(kind, columns, inner, rows, monkeypatch):
     if rows == 1 and inner % 128 == 0:
         matrix = columns % 4 == 0 and kind in (INT8, WeightFormat(4, 128))
         expected = "_launch_matrix_row" if matrix else "_launch_row"
+    elif rows == 3 and inner % 128 == 0 and kind in (INT8, NAIVE, WeightFormat(4, 128)):
+        expected = "_launch_fragment"
     assert names == [expected]
 
 
