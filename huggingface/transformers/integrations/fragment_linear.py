@@ -2,15 +2,15 @@
 
 A tensor core wants its operands spread over a warp's threads. Triton's products get there by way of shared memory, and with few
 rows that detour is what a product waits for. None is needed: a product does not mind in which order its inner dimension is added,
-as long as both operands agree. Ordered so that a thread holds 8 consecutive inputs (`DotOperandLayout(k_width=8)`), what it has to
-hold are the 16 bytes that it loads. A run of 64 inputs of one output's weights, by the thread that loads and keeps them::
+as long as both operands agree. Ordered so that a thread holds 8 consecutive inputs (`DotOperandLayout(k_width=8)`), the 16 bytes
+that it loads are what it has to hold. A run of 64 inputs of one output's weights, by the thread that loads and keeps them::
 
     inputs      0..7   8..15  16..23  24..31 | 32..39  40..47  48..55  56..63
     thread       0      1       2       3    |   0       1       2       3        the next output: threads 4 to 7, ...
 
 Each warp takes a slice of the inner dimension, as the batch dimension of a product of three dimensions, so that all warps have
-weights in flight from the start, asked for before the program waits for its inputs; they meet once, when their sums are added. A
-run's registers are asked for again as soon as it is used. Where a program's weights all fit in registers, there is no loop at all.
+weights in flight from the start, asked for before the program waits for its inputs; they meet once, when their sums are added.
+The next step's weights are asked for as soon as a run is used, and where a program's fit in registers, one step is all.
 
 The rule :func:`choose_fragment_tile` comes from an H200 (bfloat16; 7, 16, 32 and 40 rows; shapes of GPT-Neo-125M and 1.3B and of
 Mistral-7B) and leaves to the other kernel or the vendor's library what they were faster at. Written for this project.
@@ -33,9 +33,11 @@ RUN = 64
 ROW_BLOCKS = ((8, 1), (16, 1), (16, 2), (8, 5))
 """Rows of a block and blocks, by rows: few, so that few kernels are compiled. More than 40 rows were not measured."""
 FEWEST_INPUTS, MOST_COLUMNS = 256, 8192
-"""Less deep or wider products are the other kernel's. The least measured was 768 inputs; 28,672 columns were slower here."""
+"""Less deep or wider products are the other kernel's. The least measured was 768 inputs; 28,672 columns were no faster here."""
 MULTIPROCESSORS = 132
-"""An H200's. A product of so many programs or fewer has a whole register file for each."""
+"""An H200's. A product of so many programs or fewer has a whole register file for each; in more, two share one."""
+MOST_SHARING_INPUTS = 2048
+"""Of a product of more programs: as far as such were measured and faster."""
 REGISTERS = 65536
 """Of a multiprocessor, for all threads of its programs; a thread has at most 255."""
 
@@ -74,38 +76,42 @@ def choose_fragment_tile(rows: int, columns: int, inner: int) -> FragmentTile | 
     """Returns the tile of a product (rows, inner) x (columns, inner), or `None` where it is computed elsewhere.
 
     Outputs are divided into tiles of 16 while a multiprocessor has one of them, else of 32. Warps then hold as much of the inner
-    dimension as fits in registers. Beyond 8 rows a loop pays only for wide tiles, beyond 16 not at all.
+    dimension as fits in registers. Above 8 rows a loop pays only for wide tiles; above 16 neither loops nor sharing a
+    multiprocessor do.
     """
-    blocks = next((pair for pair in ROW_BLOCKS if rows <= pair[0] * pair[1]), None)
-    measured = 1 < rows and FEWEST_INPUTS <= inner and columns <= MOST_COLUMNS and columns * inner < 2**31
-    if blocks is None or inner % RUN or not measured:
+    blocks = next((pair for pair in ROW_BLOCKS if 1 < rows <= pair[0] * pair[1]), None)
+    known = (
+        inner >= FEWEST_INPUTS and inner % RUN == 0 and columns <= MOST_COLUMNS and columns * inner < 2**31
+    )
+    if blocks is None or not known:
         return None
     wide = 16 if triton.cdiv(columns, 16) <= MULTIPROCESSORS else 32
     alone = triton.cdiv(columns, wide) <= MULTIPROCESSORS
     slices, runs = _held(rows, wide, alone, inner // RUN)
-    tile = FragmentTile(*blocks, wide, slices, runs, min(255, REGISTERS // (32 * slices * (1 if alone else 2))))
-    loops = tile.steps(inner) > 1
+    loops = inner > RUN * slices * runs
     if loops and (wide * slices * runs < 256 or rows > 16 or (rows > 8 and wide == 16)):
         return None
-    return tile if alone or rows <= 16 else None
+    if not alone and (rows > 16 or inner > MOST_SHARING_INPUTS):
+        return None
+    registers = REGISTERS // (32 * slices * (1 if alone else 2))
+    return FragmentTile(*blocks, wide, slices, runs, min(255, registers))
 
 
 def _held(rows: int, wide: int, alone: bool, count: int) -> tuple[int, int]:
     """Returns slices and their runs at a time, of an inner dimension of `count` runs: the most at a time, in the most slices.
 
-    Limits are what did not spill and was fastest. A run of 16 columns takes 16 registers of each of a warp's threads.
+    A run of 16 outputs takes 16 registers of each thread of its warp, twice in a loop. Within the limits nothing spilled, and the
+    measured products' fastest tiles or nearly so are found.
     """
-    most = (1024 if alone else 512 if rows <= 8 else 256) // wide
+    most = 1024 if alone else 512 if rows <= 8 else 384  # runs of an output
+    across = 256 if rows <= 8 or (alone and rows <= 16) else 128  # slices of an output
     pairs = [
         (slices, runs)
         for slices in (1, 2, 4, 8, 16)
-        for runs in range(1, 7)
-        if slices * wide <= (128 if not alone and rows > 8 else 256)
-        and (slices <= 8 or rows <= 16)
-        and runs * wide <= (96 if rows > 16 else 128)
-        and (slices < 16 or runs <= (4 if rows <= 8 else 3))
-        and slices * runs <= most
-        and count % (slices * runs) == 0
+        for runs in (1, 2, 3, 4, 6)
+        if wide * slices * runs <= most and wide * slices <= across and wide * runs <= 128
+        if slices < 16 or runs <= (4 if rows <= 8 else 3)
+        if count % (slices * runs) == 0
     ]
     return max(pairs, key=lambda pair: (pair[0] * pair[1], pair[0]))
 
@@ -189,7 +195,7 @@ def _step(
     input_ptr, weight_ptr, words, inputs, totals, at_w, at_b,
     BLOCKS: tl.constexpr, RUNS: tl.constexpr, AHEAD: tl.constexpr, STRIDE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds `RUNS` runs of each slice; returns the next step's weights and first inputs, unless this is the last, and the totals."""
+    """Adds `RUNS` runs of each slice; returns the next step's weights and first inputs (not of the last), and the totals."""
     COUNT: tl.constexpr = RUNS * BLOCKS
     next_words = ()
     next_inputs = ()
