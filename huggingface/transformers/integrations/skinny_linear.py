@@ -141,7 +141,8 @@ def linear(
         rows, _ = add_norm(rows, None, norm)
     registers_only = not gated and gluon_unavailable() is None
     tile = choose_fragment_tile(count, columns, inner) if registers_only else None
-    if tile is None and not runs_here(count, inner):
+    here = single or (runs_here(count, inner) and inner <= MOST_INPUTS)
+    if tile is None and not here:
         return _library_linear(rows, weight, bias, activation, gated, residual)
     output = rows.new_empty(*rows.shape[:-1], columns)
     if single:
@@ -156,11 +157,9 @@ def linear(
 def runs_here(rows: int, inner: int) -> bool:
     """Returns whether a product of so many rows and inputs runs on our kernels, which add a residual at no cost.
 
-    Of other sizes some do as well (`fragment_linear.py`), depending on the outputs.
+    Depending on the outputs, some of more rows do as well (`fragment_linear.py`); some of over :data:`MOST_INPUTS` inputs do not.
     """
-    if rows == 1 or (inner <= SMALL_INPUTS and rows <= SMALL_ROWS):
-        return True
-    return rows <= ROW_BLOCK and inner <= MOST_INPUTS
+    return rows <= ROW_BLOCK or (inner <= SMALL_INPUTS and rows <= SMALL_ROWS)
 
 
 def _library_linear(rows, weight, bias, activation, gated, residual) -> torch.Tensor:
@@ -178,7 +177,7 @@ def choose_tiles(rows: int, columns: int, inner: int, gated: bool) -> Tiles:
     From a sweep of some eighty settings a product (H200, shapes of GPT-Neo-125M and 1.3B, 32 rows): wide tiles as long as there
     are programs enough without dividing the inner dimension; a small model then takes narrow tiles before a division, a large one
     a division before narrow tiles. Holding a small model's weights in registers, as `gemv.py` does, was slower: the conversion to
-    the tensor core's layout goes through shared memory anyway.
+    the tensor core's layout goes through shared memory anyway. `fragment_linear.py` loads them in that layout.
     """
     parts, widths = ((1, 4), (64, 32)) if inner >= 2048 else ((1, 2, 4), (64, 32, 16))
     row_blocks = triton.cdiv(rows, ROW_BLOCK)
