@@ -273,21 +273,23 @@ def default_matrix_tile(product: Product) -> MatrixRowTile:
 
 
 def default_fragment_tile(product: Product) -> FragmentTile | None:
-    """Returns the tile of 2 to 16 rows on the kernel without shared memory, or `None` where the other kernel is as fast.
+    """Returns the tile of 2 to 16 rows on the kernel without shared memory, or `None` where the other kernel is about as fast.
 
     So many warps that a multiprocessor has its weights in flight at once: 16 where it has one program; 4 where up to 16 runs can
     all be asked for, by programs of 32 outputs where three of 16 outputs a multiprocessor would not do; 4 for two halves; else 8.
     Registers: what spills nothing. Of six products of GPT-Neo-1.3B and Mistral-7B on an H200, 6 to 14 tiles each, this was at 7
-    rows 2 % slower than the fastest on average and 7 % at most, at 16 rows 3 % and 26 % (8,192 inputs, 2,048 outputs, 4 bits).
+    rows 2 % slower than the fastest on average and 7 % at most, at 16 rows 4 % and 26 % (8,192 inputs, 2,048 outputs, 4 bits).
     """
     few = product.rows <= 8
-    if not 1 < product.rows <= 16 or not product.whole or (product.gated and product.kind.bits == 8):
+    if not 1 < product.rows <= 16 or not product.whole:
+        return None
+    if product.gated and not (few and product.kind.bits == 4):
         return None
     count, programs, columns = runs(product.inner), -(-product.columns // 16), 16
     if programs <= PROGRAMS:
         slices, together, registers = 16, 1 if product.gated else 2, 128
     elif product.gated:
-        slices, together, registers = (4, 2, 168) if few else (4, 1, 128)
+        slices, together, registers = 4, 2, 168
     elif count > 16:
         slices, together, registers = 8, 2, 112 if few else 128
     elif few or programs <= 3 * PROGRAMS:
@@ -298,4 +300,4 @@ def default_fragment_tile(product: Product) -> FragmentTile | None:
         slices //= 2
     while count // slices % together:
         together -= 1
-    return FragmentTile(8 if few or product.gated else 16, columns, slices, together, 1, registers)
+    return FragmentTile(8 if few else 16, columns, slices, together, 1, registers)
