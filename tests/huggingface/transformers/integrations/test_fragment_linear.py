@@ -211,10 +211,11 @@ def test_all_measured_products_compile_without_spills(kind, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [8, 16, 32, 40])
-def test_whatever_the_rule_chooses_does_not_spill(rows, monkeypatch):
+@pytest.mark.parametrize("widths", [(2048, 4096, 8192), (2047, 4095, 8191)], ids=["even", "ragged"])
+def test_whatever_the_rule_chooses_does_not_spill(widths, rows, monkeypatch):
     """Each tile at the first depth that it computes in one step and in several."""
     sizes: dict[tuple[FragmentTile, bool], tuple[int, int, int]] = {}
-    for columns, inner in itertools.product((2048, 4096, 8192), range(FEWEST_INPUTS, 16385, RUN)):
+    for columns, inner in itertools.product(widths, range(FEWEST_INPUTS, 16385, RUN)):
         tile = choose_fragment_tile(rows, columns, inner)
         if tile is not None:
             sizes.setdefault((tile, tile.steps(inner) > 1), (rows, columns, inner))
