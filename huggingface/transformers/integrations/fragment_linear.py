@@ -38,6 +38,8 @@ MULTIPROCESSORS = 132
 """An H200's. A product of so many programs or fewer has a whole register file for each; in more, two share one."""
 MOST_SHARING_INPUTS = 2048
 """Of a product of more programs: as far as such were measured and faster."""
+LEAST_HELD = 512
+"""Runs of an output (128 bytes) that a multiprocessor has in registers at a time, where it loops; with fewer no loop was fast."""
 REGISTERS = 65536
 """Of a multiprocessor, for all threads of its programs; a thread has at most 255."""
 
@@ -89,11 +91,12 @@ def choose_fragment_tile(rows: int, columns: int, inner: int) -> FragmentTile | 
     alone = triton.cdiv(columns, wide) <= MULTIPROCESSORS
     slices, runs = _held(rows, wide, alone, inner // RUN)
     loops = inner > RUN * slices * runs
-    if loops and (wide * slices * runs < 256 or rows > 16 or (rows > 8 and wide == 16)):
+    sharing = 1 if alone else 2
+    if loops and (wide * slices * runs * sharing < LEAST_HELD or rows > 16 or (rows > 8 and wide == 16)):
         return None
     if not alone and (rows > 16 or inner > MOST_SHARING_INPUTS):
         return None
-    registers = REGISTERS // (32 * slices * (1 if alone else 2))
+    registers = REGISTERS // (32 * slices * sharing)
     return FragmentTile(*blocks, wide, slices, runs, min(255, registers))
 
 
