@@ -39,7 +39,7 @@ MULTIPROCESSORS = 132
 MOST_SHARING_INPUTS = 2048
 """Of a product of more programs: as far as such were measured and faster."""
 LEAST_HELD = 512
-"""Runs of an output (128 bytes) that a multiprocessor has in registers at a time, where it loops; with fewer no loop was fast."""
+"""Runs of an output (128 bytes) in a multiprocessor's registers at a time, where it loops; the fastest loops had no fewer."""
 REGISTERS = 65536
 """Of a multiprocessor, for all threads of its programs; a thread has at most 255."""
 
