@@ -1,4 +1,6 @@
-"""Linear layers for the few rows of a decode step: two to thirty-two here, more for small models, one in `gemv.py`.
+"""Linear layers for the few rows of a decode step: two to thirty-two, more for small models; one of them in `gemv.py`.
+
+Here are the dispatcher, :func:`linear`, and the kernel for any size. Sizes that `fragment_linear.py` computes faster go there.
 
 Such a product reads every weight once and computes next to nothing, so it lives from bytes in flight. The weight tile is the
 *left* operand of the matrix product (its many rows fill the tensor core's long side, the step's few rows the short one), the
@@ -21,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .fragment_linear import choose_fragment_tile, launch_fragment
 from .fused_norm import add_norm
 from .gemv import WIDEST_NORM, activate, gemv
+from .gluon_support import gluon_unavailable
 from .triton_support import (
     jit,
     overlaps_launches,
@@ -39,6 +43,8 @@ ROW_BLOCK = 32
 SMALL_INPUTS, SMALL_ROWS = 1024, 192
 """Products of so few inputs run here for up to so many rows: a step of GPT-Neo-125M's shape with 160 stream rows is 3 % faster
 than with the vendor's library, which is as fast or faster for more inputs."""
+MOST_INPUTS = 8192
+"""Deeper products of several rows are the vendor's: 14,336 inputs were slower here by 8 % at 7 rows, 74 % at 32 (H200)."""
 ACTIVATIONS = {None: 0, "gelu_tanh": 1, "silu": 2}
 DTYPES = (torch.float16, torch.bfloat16)
 """Float32 stays with the vendor's library, whose products are as exact as the dtype."""
@@ -134,18 +140,26 @@ def linear(
     single = count == 1 and (norm is None or inner <= WIDEST_NORM)
     if norm is not None and not single:
         rows, _ = add_norm(rows, None, norm)
-    if not runs_here(count, inner):
+    registers_only = not gated and gluon_unavailable() is None
+    tile = choose_fragment_tile(count, columns, inner) if registers_only else None
+    here = single or (runs_here(count, inner) and inner <= MOST_INPUTS)
+    if tile is None and not here:
         return _library_linear(rows, weight, bias, activation, gated, residual)
     output = rows.new_empty(*rows.shape[:-1], columns)
     if single:
         gemv(rows, weight, bias, ACTIVATIONS[activation], gated, residual, norm, output)
+    elif tile is not None:
+        launch_fragment(tile, rows, weight, bias, ACTIVATIONS[activation], residual, output)
     else:
         _launch(rows, weight, bias, activation, gated, residual, output)
     return output
 
 
 def runs_here(rows: int, inner: int) -> bool:
-    """Returns whether a product of so many rows and inputs runs on our kernels, which add a residual at no cost."""
+    """Returns whether a product of so many rows and inputs runs on our kernels, which add a residual at no cost.
+
+    Depending on the outputs, some of more rows do as well (`fragment_linear.py`); some of over :data:`MOST_INPUTS` inputs do not.
+    """
     return rows <= ROW_BLOCK or (inner <= SMALL_INPUTS and rows <= SMALL_ROWS)
 
 
@@ -164,7 +178,7 @@ def choose_tiles(rows: int, columns: int, inner: int, gated: bool) -> Tiles:
     From a sweep of some eighty settings a product (H200, shapes of GPT-Neo-125M and 1.3B, 32 rows): wide tiles as long as there
     are programs enough without dividing the inner dimension; a small model then takes narrow tiles before a division, a large one
     a division before narrow tiles. Holding a small model's weights in registers, as `gemv.py` does, was slower: the conversion to
-    the tensor core's layout goes through shared memory anyway.
+    the tensor core's layout goes through shared memory anyway. `fragment_linear.py` loads them in that layout.
     """
     parts, widths = ((1, 4), (64, 32)) if inner >= 2048 else ((1, 2, 4), (64, 32, 16))
     row_blocks = triton.cdiv(rows, ROW_BLOCK)

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from huggingface.transformers.integrations import skinny_linear
 from huggingface.transformers.integrations.skinny_linear import (
+    MOST_INPUTS,
     ROW_BLOCK,
     SMALL_INPUTS,
     SMALL_ROWS,
@@ -31,7 +32,7 @@ MODULE = "huggingface.transformers.integrations.skinny_linear"
 SHAPES = [
     (768, 768, False), (2304, 768, False), (3072, 768, False), (768, 3072, False), (2048, 2048, False),
     (6144, 2048, False), (8192, 2048, False), (2048, 8192, False), (8192, 8192, False), (50257, 768, False),
-    (4096, 11008, False), (5632, 2048, True), (11008, 4096, True),
+    (4096, 8192, False), (5632, 2048, True), (11008, 4096, True),
 ]  # fmt: skip
 """Outputs, inputs and whether gated, of products of decoders from 125M to 7B."""
 
@@ -174,7 +175,7 @@ def test_rows_of_a_batch_keep_their_shape():
 def launches(monkeypatch) -> list[str]:
     """Returns a list that gains the name of every kernel launch of a product."""
     started: list[str] = []
-    for name in ("gemv", "_launch"):
+    for name in ("gemv", "launch_fragment", "_launch"):
         original = getattr(skinny_linear, name)
         monkeypatch.setattr(
             skinny_linear, name, lambda *args, o=original, n=name: started.append(n) or o(*args)
@@ -193,6 +194,9 @@ def launches(monkeypatch) -> list[str]:
         (ROW_BLOCK + 1, 16, torch.float16, ["_launch"]),
         (SMALL_ROWS, 16, torch.float16, ["_launch"]),
         (SMALL_ROWS + 1, 16, torch.float16, []),
+        (1, MOST_INPUTS + 4, torch.float16, ["gemv"]),
+        (9, MOST_INPUTS, torch.float16, ["_launch"]),
+        (9, MOST_INPUTS + 4, torch.float16, []),
         (1, 16, torch.float32, []),
         (2, 16, torch.float64, []),
     ],
@@ -245,8 +249,9 @@ def test_a_missing_residual_shows():
 
 
 def check_compiled(monkeypatch, shapes, rows: tuple[int, ...], kinds, capabilities) -> None:
-    """Compiles each distinct kernel of these products and asserts that it fits the card."""
+    """Compiles each distinct kernel of these products and asserts that it fits the card; all run here without Gluon."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(skinny_linear, "gluon_unavailable", lambda: "no Gluon")
     kernels = []
     for columns, inner, gated in shapes:
         for count, kind in itertools.product(rows, kinds):
