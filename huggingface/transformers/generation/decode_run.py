@@ -87,7 +87,6 @@ class DecodeRun(ABC):
             attention_mask,
             stop_rule(config, others, config.max_length - input_ids.shape[1]),
             limit=model.config.max_position_embeddings,
-            device=timer.device,
         )
         self.options = options
         self.plan = plan
@@ -165,8 +164,8 @@ class EagerRun(DecodeRun):
     def prefill(self) -> None:
         """Runs the prompts, picks each sequence's first token and leaves the streams' states for the first draft."""
         rule = self.rule
-        prompts, lengths = (given.to(self.model.device) for given in self.sequences.prompts())
-        longest, shortest = max(self.sequences.prompt_lengths), min(self.sequences.prompt_lengths)
+        prompts, lengths = self.sequences.prompts()
+        longest, shortest = int(lengths.max()), int(lengths.min())
         streams = self.plan.shape.streams
         room = min(self.sequences.room(), self.model.config.max_position_embeddings - shortest)
         self.cache = StaticTreeCache.for_model(

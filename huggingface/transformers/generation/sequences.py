@@ -42,12 +42,7 @@ class Sequences:
     """
 
     def __init__(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        rule: StopRule,
-        limit: int,
-        device: torch.device,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rule: StopRule, limit: int
     ):
         """Reads the prompts.
 
@@ -56,14 +51,12 @@ class Sequences:
             attention_mask: (batch, seq), 0 at padding; `None` for no padding.
             rule: when sequences end.
             limit: positions the model has.
-            device: where stopping criteria find the tokens.
 
         Raises:
             ValueError: a prompt is empty or leaves no position for a new token.
         """
         self.rule = rule
         self.limit = limit
-        self.device = device
         self.input_ids = input_ids
         rows = input_ids.tolist()
         self._prompts = rows
@@ -147,7 +140,7 @@ class Sequences:
         if self.prompt_lengths[row] + self.counts[row] >= self.limit:
             return "limit"
         if self.rule.criteria:
-            ids = torch.tensor([self._inputs[row] + self.emitted[row]], device=self.device)
+            ids = torch.tensor([self._inputs[row] + self.emitted[row]], device=self.input_ids.device)
             if any(bool(torch.as_tensor(rule(ids, None)).all()) for rule in self.rule.criteria):
                 return "criteria"
         return None

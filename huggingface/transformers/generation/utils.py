@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -81,50 +80,14 @@ class SpecGenerationMixin:
                 raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... to generate.")
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
         loop = _Loop(options, streamer, started)
-        inputs, kwargs = self._on_host(inputs, kwargs)
         return super().generate(
             inputs, streamer=streamer, stopping_criteria=criteria, custom_generate=loop, **kwargs
         )
-
-    def _on_host(
-        self, inputs: torch.Tensor | None, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Returns prompts and mask on the host, where upstream's checks of them cost no launches and no waiting.
-
-        The prompts are read there anyway. What does not lie beside the model stays where it is, for upstream to judge.
-        """
-        tokens = inputs if inputs is not None else kwargs.get("input_ids")
-        if not isinstance(tokens, torch.Tensor) or tokens.device.type == "cpu" or "inputs_embeds" in kwargs:
-            return inputs, kwargs
-        if tokens.device != self.device:
-            return inputs, kwargs
-        named = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
-        kwargs |= {name: value.cpu() for name, value in named.items() if isinstance(value, torch.Tensor)}
-        return inputs if inputs is None else inputs.cpu(), kwargs
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         return prepare_generation_config(self, generation_config, **kwargs)
-
-    def _get_logits_processor(
-        self,
-        generation_config: GenerationConfig,
-        input_ids_seq_length: int | None = None,
-        encoder_input_ids: torch.Tensor | None = None,
-        *,
-        model_kwargs: dict[str, Any] | None = None,
-        **prepared: Any,
-    ) -> LogitsProcessorList:
-        """Returns upstream's processors, with what they hold of the prompts on the model's device instead of the host."""
-        device = prepared["device"] = self.device
-        build = partial(super()._get_logits_processor, generation_config, input_ids_seq_length, **prepared)
-        processors = build(encoder_input_ids=encoder_input_ids, model_kwargs=model_kwargs)
-        if device.type == "cpu" or not Rule(processors).needs_prefixes:
-            return processors
-        self._prepare_special_tokens(generation_config, device=device)
-        moved = _to_device({"ids": encoder_input_ids, **(model_kwargs or {})}, device)
-        return build(encoder_input_ids=moved.pop("ids"), model_kwargs=moved)
 
     # What upstream's preparation asks of every model. Each answer is upstream's own for the models at hand, or nothing where our
     # loop never reads it; found upstream's way they took over a third of the time to a small model's first token.
@@ -216,12 +179,6 @@ def _decode(
         output_streamer.end()
     run.statistics.total_s = time.perf_counter() - started
     return run.result()
-
-
-def _to_device(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in values.items()
-    }
 
 
 def _check_supported(

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.tree_tuning import DraftPlan
-from huggingface.transformers.generation.utils import SpecGenerationMixin
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 PLAN = DraftPlan(TreeShape((-1, 0, 0, 1, 1, 2, 3), 3))
@@ -260,130 +248,3 @@ def test_prompts_of_a_sweep_have_draws_of_their_own(make_model, make_stock):
     runs = [accepted([3, 1, 4, token]) for token in range(1, 7)]
     assert len({tuple(run) for run in runs}) > 1
     assert accepted([3, 1, 4, 1]) == runs[0]
-
-
-def test_what_upstream_would_find_in_signatures(architecture, make_model):
-    """Upstream asks each call; here the answers are written down, and this asks upstream."""
-    model = make_model(architecture)
-    for question in ("_supports_logits_to_keep", "_supports_mm_encoder_outputs"):
-        assert getattr(model, question)() is getattr(GenerationMixin, question)(model)
-    GenerationMixin._validate_model_kwargs(model, {"attention_mask": torch.ones(1, 1)})
-
-
-@pytest.mark.parametrize("name", ["atention_mask", "options", "started", "prepared", "output_streamer"])
-def test_a_misspelt_argument_is_refused(architecture, name, make_model):
-    with pytest.raises(ValueError, match=f"not used by the model: .'{name}'"):
-        make_model(architecture).generate(PROMPT, plan=PLAN, **_options(**{name: 1}))
-
-
-@pytest.mark.parametrize("name", ["position_ids", "use_cache", "logits_to_keep"])
-def test_arguments_of_forward_are_taken(architecture, name, make_model):
-    model = make_model(architecture)
-    want = model.generate(PROMPT, plan=PLAN, **_options())
-    value = torch.arange(PROMPT.shape[1])[None] if name == "position_ids" else 1
-    assert torch.equal(model.generate(PROMPT, plan=PLAN, **_options(**{name: value})), want)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"cache_implementation": "magic"}, "Invalid `cache_implementation`"),
-        ({"past_key_values": ()}, "Passing a tuple"),
-    ],
-    ids=str,
-)
-def test_upstream_checks_the_cache_that_is_asked_for(more, message, make_model):
-    with pytest.raises(ValueError, match=message):
-        make_model("llama").generate(PROMPT, **_options(**more))
-
-
-def test_a_changed_generation_configuration_is_heard_at_once(architecture, make_model):
-    """Replaced or changed in place, between calls of one model."""
-    model = copy.deepcopy(make_model(architecture))
-    model.generation_config = GenerationConfig(max_new_tokens=3, pad_token_id=0)
-    options = {"attention_mask": torch.ones_like(PROMPT), "plan": PLAN}
-
-    def emitted() -> list[int]:
-        return model.generate(PROMPT, **options)[0, PROMPT.shape[1] :].tolist()
-
-    first = emitted()
-    assert len(first) == 3
-    model.generation_config.max_new_tokens = 7
-    longer = emitted()
-    assert (len(longer), longer[:3]) == (7, first)
-    model.generation_config.eos_token_id = longer[1]
-    assert emitted() == longer[: longer.index(longer[1]) + 1]
-    model.generation_config = GenerationConfig(max_new_tokens=5, pad_token_id=0, suppress_tokens=first)
-    without = emitted()
-    assert (len(without), set(without) & set(first)) == (5, set())
-
-
-def test_a_call_leaves_configurations_as_they_were(architecture, make_model):
-    model = copy.deepcopy(make_model(architecture))
-    given = GenerationConfig(max_new_tokens=4, eos_token_id=[99, 98], pad_token_id=0)
-    held = model.generation_config
-    before = copy.deepcopy((given.__dict__, held.__dict__))
-    model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), generation_config=given, plan=PLAN)
-    assert model.generation_config is held
-    assert (given.__dict__, held.__dict__) == before
-
-
-def test_a_mask_is_inferred_from_padding(architecture, make_model):
-    """As upstream does it: a prompt with padding in front and no mask is answered like the prompt alone."""
-    model = make_model(architecture)
-    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 12, "eos_token_id": 99, "plan": PLAN}
-    padded = torch.cat([torch.tensor([[12, 12]]), PROMPT], dim=1)
-    assert torch.equal(model.generate(padded, **options)[:, 2:], model.generate(PROMPT, **options))
-
-
-def test_prompts_beside_a_model_on_a_gpu_are_prepared_on_the_host():
-    """Tensors without storage stand for a GPU's."""
-    on_gpu = SimpleNamespace(device=torch.device("cuda:0"))
-    with FakeTensorMode():
-        ids = torch.ones(1, 5, dtype=torch.int64, device="cuda:0")
-        inputs, kwargs = SpecGenerationMixin._on_host(on_gpu, ids, {"attention_mask": ids, "top_k": 3})
-        assert (inputs.device.type, kwargs["attention_mask"].device.type) == ("cpu", "cpu")
-        assert kwargs["top_k"] == 3
-        inputs, kwargs = SpecGenerationMixin._on_host(
-            on_gpu, None, {"input_ids": ids, "attention_mask": None}
-        )
-        assert (inputs, kwargs["input_ids"].device.type) == (None, "cpu")
-        elsewhere = SimpleNamespace(device=torch.device("cuda:1"))
-        inputs, _ = SpecGenerationMixin._on_host(elsewhere, ids, {})
-        assert inputs is ids
-        inputs, _ = SpecGenerationMixin._on_host(SimpleNamespace(device=torch.device("cpu")), ids, {})
-        assert inputs is ids
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"eos_token_id": [0, 6, 9]},
-        {"min_new_tokens": 9, "eos_token_id": [0, 6, 9]},
-        {"repetition_penalty": 1.7},
-        {"encoder_repetition_penalty": 1.7},
-        {"no_repeat_ngram_size": 2},
-        {"encoder_no_repeat_ngram_size": 2},
-        {"bad_words_ids": [[2], [7, 8]]},
-        {"suppress_tokens": [3, 5]},
-        {"begin_suppress_tokens": [3, 5]},
-        {"forced_eos_token_id": 6},
-        {"logits_processor": LogitsProcessorList([_Ban()])},
-        {"stopping_criteria": StoppingCriteriaList([_StopAtLength(9)])},
-    ],
-    ids=str,
-)
-def test_on_a_gpu_as_on_a_cpu(architecture, more, make_model):
-    """Prepared on the host, decoded on the device; given on either side, padded or not."""
-    model = copy.deepcopy(make_model(architecture))
-    padded = torch.cat([PROMPT, torch.tensor([[0, 0, 2, 7, 1]])])
-    mask = torch.ones_like(padded)
-    mask[1, :2] = 0
-    options = _options(**{"eos_token_id": 99, **more, "attention_mask": mask})
-    want = model.generate(padded, plan=PLAN, **options)
-    model.cuda()
-    for device in ("cuda", "cpu"):
-        moved = {**options, "attention_mask": mask.to(device)}
-        assert torch.equal(model.generate(padded.to(device), plan=PLAN, **moved).cpu(), want)
