@@ -255,7 +255,9 @@ def _attentions(
     workspace = AttentionWorkspace.for_step(1, total, shape.heads, shape.heads, head, context + total, device)
     attend = torch.nn.functional.scaled_dot_product_attention
     return (
-        lambda keys, values: tree_attention(projected, keys, values, lengths, step, 1.0, None, workspace),
+        lambda keys, values: tree_attention(
+            projected, keys, values, lengths, step, 1.0, None, workspace, settled=True
+        ),
         lambda keys, values: attend(query, keys, values, attn_mask=mask),
     )
 
