@@ -13,8 +13,8 @@ from huggingface.transformers.integrations import quantized_linear_tiles as tile
 from huggingface.transformers.integrations import quantized_row_mma as kernels
 from huggingface.transformers.integrations.quantized_linear import QuantizedWeight, quantized_linear
 from huggingface.transformers.integrations.quantized_linear_tiles import (
-    FragmentTile,
     MOST_CHUNKS,
+    FragmentTile,
     MatrixRowTile,
     Product,
     RowsTile,
