@@ -5,9 +5,9 @@ between steps (lengths, the tree, tokens) is read from fixed buffers, so one cap
 geometry: (batch, capacity, draft plan, sampling). Prompts are padded to a bucket, with a graph for each.
 
 The host reads a step's tokens from pinned memory as soon as `verify` has them; the copy and its event are a branch of the graph,
-beside which the device commits and drafts. A prompt comes from pinned memory within its graph, and its first token leaves like a
-step's. Plain decoding has nothing to do there, so it runs one step ahead of the host instead;
-two graphs take turns, so that no unread token is written over.
+beside which the device commits and drafts. Plain decoding has nothing to do there, so it runs one step ahead of the host instead;
+two graphs take turns, so that no unread token is written over. A prompt comes from pinned memory within its graph, and its first
+token leaves like a step's.
 """
 
 from __future__ import annotations
