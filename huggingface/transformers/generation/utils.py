@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -26,6 +31,9 @@ from .tree_tuning import DraftPlan
 from .verification import Rule
 
 __all__ = ["DecodeOptions", "SpecGenerationMixin"]
+
+WHOLE_BATCH = (EncoderRepetitionPenaltyLogitsProcessor, EncoderNoRepeatNGramLogitsProcessor)
+"""Upstream's processors that are made of all sequences' prompts, while ours go through them one at a time."""
 
 
 class SpecGenerationMixin:
@@ -163,6 +171,7 @@ def _decode(
     _check_supported(generation_config, output_streamer, input_ids)
     rule = Rule(logits_processor, bool(generation_config.do_sample))
     run = start_run(model, input_ids, attention_mask, generation_config, stopping_criteria, options, rule)
+    _check_processors(logits_processor, len(input_ids), run.plan)
     run.prepare()
     if options.prepare_only:
         return run.result()
@@ -179,6 +188,19 @@ def _decode(
         output_streamer.end()
     run.statistics.total_s = time.perf_counter() - started
     return run.result()
+
+
+def _check_processors(processors: LogitsProcessorList, batch: int, plan: DraftPlan) -> None:
+    """Raises ValueError for processors that a sequence of a batch, or a node of a tree, cannot be sent through by itself."""
+    for processor in processors:
+        name = type(processor).__name__
+        if isinstance(processor, WHOLE_BATCH) and batch > 1:
+            raise ValueError(f"{name} holds the prompts of all {batch} sequences; decode them one by one.")
+        guided = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+        if guided and (batch > 1 or plan.shape.nodes > 1):
+            raise ValueError(
+                f"{name} (guidance_scale) follows one sequence token by token; decode prompts one by one with drafts='none'."
+            )
 
 
 def _check_supported(

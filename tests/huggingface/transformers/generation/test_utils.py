@@ -44,6 +44,22 @@ def test_processors_and_stop_ids_as_upstream(architecture, more, make_model, mak
     assert torch.equal(model.generate(PROMPT, plan=PLAN, **_options(**more)), want)
 
 
+@pytest.mark.parametrize("more", [{"encoder_repetition_penalty": 1.7}, {"encoder_no_repeat_ngram_size": 2}])
+def test_processors_of_a_whole_batch_take_one_prompt(more, make_model, make_stock):
+    model = make_model("gpt_neo")
+    with pytest.raises(ValueError, match="prompts of all 2 sequences"):
+        model.generate(PROMPT.repeat(2, 1), **_options(attention_mask=None, **more))
+    want = make_stock(model).generate(PROMPT, **_options(**more))
+    assert torch.equal(model.generate(PROMPT, plan=PLAN, **_options(**more)), want)
+
+
+@pytest.mark.parametrize("batch, how", [(1, {"plan": PLAN}), (2, {"drafts": "none"})])
+def test_guidance_takes_one_sequence_and_no_drafts(batch, how, make_model):
+    options = _options(attention_mask=None, guidance_scale=1.5, **how)
+    with pytest.raises(ValueError, match="drafts='none'"):
+        make_model("gpt_neo").generate(PROMPT.repeat(batch, 1), **options)
+
+
 def test_processors_hold_with_pruned_trees(make_model, make_stock):
     model = make_model("gpt_neo", pruning_rank=3)
     more = {"repetition_penalty": 1.7}
