@@ -48,8 +48,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
 def technique_fields() -> dict[str, "Field[Any]"]:
     """Returns the fields of all techniques that are flags beside those of the run."""
     own = {item.name for item in fields(RunConfig)}
-    # The mapping is typed by the base class; every technique is a dataclass.
-    every = (item for technique in TECHNIQUES.values() for item in fields(technique))  # type: ignore[arg-type]
+    every = (
+        item
+        for technique in TECHNIQUES.values()
+        for item in fields(technique)  # type: ignore[arg-type]  # typed by a base that is none, yet all are dataclasses
+    )
     return {item.name: item for item in every if item.name not in own}
 
 

@@ -112,8 +112,7 @@ def product_of(way: str, weight: torch.Tensor, gated: bool = False) -> tuple[Pro
 
 
 def _nf4(linear: torch.nn.Linear, device: torch.device) -> tuple[Product, int]:
-    # Not among what the type checker has installed.
-    import bitsandbytes as bnb  # type: ignore[import-not-found]
+    import bitsandbytes as bnb  # type: ignore[import-not-found]  # optional, not installed beside the type checker
 
     outputs, inner = linear.weight.shape
     layer = bnb.nn.Linear4bit(inner, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
@@ -123,8 +122,7 @@ def _nf4(linear: torch.nn.Linear, device: torch.device) -> tuple[Product, int]:
 
 
 def _torchao(linear: torch.nn.Linear) -> tuple[Product, int]:
-    # As above: an optional package.
-    from torchao.quantization import (  # type: ignore[import-not-found]
+    from torchao.quantization import (  # type: ignore[import-not-found]  # optional, as above
         Int4WeightOnlyConfig,
         quantize_,
     )

@@ -224,8 +224,7 @@ def private_stdout() -> Any:
     os.set_inheritable(answers.fileno(), False)
     os.dup2(2, 1)
     out, err = sys.stdout, sys.stderr
-    # Redacted passes on all that prints and logs call, not the whole TextIO.
-    redacted: TextIO = Redacted(err)  # type: ignore[assignment]
+    redacted: TextIO = Redacted(err)  # type: ignore[assignment]  # passes on what prints and logs call, no more
     sys.stdout = sys.stderr = redacted
     try:
         yield answers

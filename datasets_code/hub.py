@@ -72,8 +72,7 @@ def probe(source: HubSource) -> str | None:
 
     try:
         within(PROBE_S, lambda: HfApi().dataset_info(source.repo, revision=source.revision, timeout=PROBE_S))
-    except Exception as error:  # noqa: BLE001 - wide on purpose
-        # The client raises a wide family (DNS, proxy, TLS, HTTP status, its own): each means "no hub here".
+    except Exception as error:  # noqa: BLE001 - DNS, proxy, TLS, HTTP, its own: each means "no hub here"
         return f"no answer ({type(error).__name__}; HF_HUB_OFFLINE=1 skips asking)"
     return None
 

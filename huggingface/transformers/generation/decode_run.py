@@ -18,6 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 
 from ..cache_utils import StaticTreeCache
+from ..integrations.gluon_support import gluon_unavailable
 from ..integrations.packed_linear import pack_linears
 from ..integrations.repacked_int4 import repack_linears
 from .decode_step import DecodeState, StepOutput, decode_step
@@ -327,6 +328,9 @@ def start_run(
     run = kind(model, input_ids, attention_mask, config, criteria, options, plan, rule, timer)
     if reason is not None and model.device.type != "cpu" and options.capture:
         run.statistics.fallbacks.append(f"steps are launched one by one: {reason}")
+    slower = gluon_unavailable() if reason is None else None
+    if slower is not None and len(input_ids) * plan.shape.nodes > 1:
+        run.statistics.fallbacks.append(f"products of a few rows pass through shared memory: {slower}")
     return run
 
 

@@ -110,6 +110,14 @@ def test_where_nothing_speaks_against_it_steps_are_captured(own, monkeypatch):
     assert isinstance(start(_OnCuda(own("gpt_neo"))), CapturedRun)
 
 
+def test_slower_products_are_recorded_where_a_step_has_several_rows(own, monkeypatch):
+    monkeypatch.setattr(decode_run, "uncaptured_reason", lambda *args: None)
+    monkeypatch.setattr(decode_run, "gluon_unavailable", lambda: "no Gluon")
+    fallbacks = start(_OnCuda(own("gpt_neo"))).statistics.fallbacks
+    assert fallbacks == ["products of a few rows pass through shared memory: no Gluon"]
+    assert start(_OnCuda(own("gpt_neo")), plan=DraftPlan.plain(), drafts="none").statistics.fallbacks == []
+
+
 def test_the_reason_is_asked_of_the_plan_of_the_call(own, monkeypatch):
     asked = []
     monkeypatch.setattr(decode_run, "uncaptured_reason", lambda model, plan, rule: asked.append(plan) or "no")
