@@ -25,7 +25,7 @@ LEAST_KEYS, MOST_PARTS = 32, 16
 PROGRAMS = 4
 """Programs of a multiprocessor at most, on average: they are small."""
 MOST_READ_AGAIN = 4096
-"""Slots of a cache up to which heads that share a key head read it each for themselves. At 3,900 keys that still was a little faster
+"""Slots of a cache up to which heads that share a key head read it each for themselves. At 3,900 keys that was still faster
 than the trees' kernel (15.4 us against 16.5 for 32 heads on 8, H200); longer ones were not tried."""
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -84,32 +85,41 @@ class _Partition:
     parts: int
 
 
-def _partition(
-    batch: int,
-    rows: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    slots: int,
-    itemsize: int,
-    device: torch.device,
-) -> _Partition:
-    packed = rows * (heads // kv_heads)
+class _Size(NamedTuple):
+    """What decides how a step is divided among programs."""
+
+    batch: int
+    rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    slots: int
+    itemsize: int
+    device: torch.device
+
+    @property
+    def is_row(self) -> bool:
+        """Whether the kernel for one row serves the step."""
+        return self.rows == 1 and serves(self.heads // self.kv_heads, self.slots)
+
+
+def _partition(size: _Size) -> _Partition:
+    packed = size.rows * (size.heads // size.kv_heads)
     # Sixteen rows are the least a tensor core multiplies. At few rows a step waits for memory, so many small programs are better
     # than few large ones; a long prompt computes, and rather shares its keys. (H200, 320 and 1,500 committed keys, heads of 128:
     # 40 rows take 8.9 us in blocks of 16 and 15.4 us in blocks of 64. 224 rows, 400 keys: 13.9 us in blocks of 64 and 21.4 in
     # blocks of 32 with heads of 128, but 10.2 in blocks of 32 with heads of 64.)
-    large = 128 if padded(head_dim) > 64 else 256
+    large = 128 if padded(size.head_dim) > 64 else 256
     block_rows = 16 if packed <= 64 else 32 if packed < large else 64
-    if itemsize == 4 and padded(head_dim) > 64:
+    if size.itemsize == 4 and padded(size.head_dim) > 64:
         # Float32 has no tensor core and keeps whole operands in registers.
         block_rows = min(block_rows, 32)
     row_blocks = -(-packed // block_rows)
     # Merging the parts of a block is one program's work: large blocks want fewer programs and more keys in a part.
     waves, keys = (3, KEYS_PER_SPLIT) if block_rows < 64 else (2, 4 * KEYS_PER_SPLIT)
-    room = waves * processors(device) // (batch * kv_heads * row_blocks)
+    room = waves * processors(size.device) // (size.batch * size.kv_heads * row_blocks)
     # A power of two keeps the number of compiled variants small when the number of rows varies (prefill).
-    parts = 1 << (max(1, min(room, slots // keys + 1)).bit_length() - 1)
+    parts = 1 << (max(1, min(room, size.slots // keys + 1)).bit_length() - 1)
     return _Partition(block_rows, row_blocks, parts)
 
 
@@ -155,7 +165,7 @@ class AttentionWorkspace:
         """Returns the workspace of steps of at most `rows` rows (nodes and streams) over `slots` slots, of any dtype."""
         # Not the longest step needs most: it has so many blocks that its keys are not split.
         sizes = [
-            _workspace_sizes(batch, count, heads, kv_heads, head_dim, slots, itemsize, device)
+            _workspace_sizes(_Size(batch, count, heads, kv_heads, head_dim, slots, itemsize, device))
             for count in range(1, rows + 1)
             for itemsize in (2, 4)
         ]
@@ -174,24 +184,15 @@ class AttentionWorkspace:
             )
 
 
-def _workspace_sizes(
-    batch: int,
-    rows: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    slots: int,
-    itemsize: int,
-    device: torch.device,
-) -> tuple[int, int]:
+def _workspace_sizes(size: _Size) -> tuple[int, int]:
     """Returns the blocks and the float32 numbers of a step's parts."""
-    if rows == 1 and serves(heads // kv_heads, slots):
-        return workspace_sizes(batch * heads, head_dim, slots, device)
-    partition = _partition(batch, rows, heads, kv_heads, head_dim, slots, itemsize, device)
+    if size.is_row:
+        return workspace_sizes(size.batch * size.heads, size.head_dim, size.slots, size.device)
+    partition = _partition(size)
     if partition.parts == 1:
         return 0, 0
-    blocks = batch * kv_heads * partition.row_blocks
-    return blocks, blocks * partition.parts * partition.block_rows * (padded(head_dim) + 2)
+    blocks = size.batch * size.kv_heads * partition.row_blocks
+    return blocks, blocks * partition.parts * partition.block_rows * (padded(size.head_dim) + 2)
 
 
 def tree_attention_reference(
@@ -314,15 +315,15 @@ def tree_attention(
     if workspace is None:
         workspace = AttentionWorkspace.for_step(batch, rows.total, heads, kv_heads, head_dim, slots, device)
     itemsize, scale = projected.dtype.itemsize, scaling * math.log2(math.e)
-    size = (batch, rows.total, heads, kv_heads, head_dim, slots, itemsize, device)
-    workspace.check(*_workspace_sizes(*size))
+    size = _Size(batch, rows.total, heads, kv_heads, head_dim, slots, itemsize, device)
+    workspace.check(*_workspace_sizes(size))
     buffers = workspace.partials, workspace.arrivals
-    if rows.total == 1 and serves(heads // kv_heads, slots):
+    if size.is_row:
         row_attention(projected, keys, values, lengths, scale, window, rotary, settled, *buffers, out)
         return out
     if rotary is not None:
         apply_rotary_(projected, *rotary, heads, kv_heads)
-    partition = _partition(*size)
+    partition = _partition(size)
     block_keys, warps, stages = _tiles(partition.block_rows, head_dim, itemsize)
     tree_attention_kernel[(partition.parts * partition.row_blocks, kv_heads, batch)](
         projected, keys, values, lengths, rows.ancestors, rows.depths, rows.anchors, out, *buffers,

@@ -22,7 +22,7 @@ from huggingface.transformers.integrations.tree_attention import (
     tree_attention,
     tree_attention_reference,
 )
-from huggingface.transformers.integrations.triton_support import unavailable
+from huggingface.transformers.integrations.triton_support import interpreting, unavailable
 
 from . import compile_check
 
@@ -230,14 +230,20 @@ def test_reading_the_cache_early_changes_nothing():
         assert torch.equal(early, late)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_row_in_half_precision(dtype):
-    angles = torch.randn(2, 1, 64, device=DEVICE)
-    one = step(sequence(1), [150, 7], 2, 2, 64, slots=SPLIT_SLOTS, dtype=dtype)
-    one = replace(one, rotary=(angles.cos(), angles.sin()))
-    exact = one.to(torch.float32).run(tree_attention_reference)[0]
-    loss = (one.run(tree_attention_reference)[0] - exact).abs().max()
-    assert (one.run()[0] - exact).abs().max() <= 2 * loss
+@pytest.mark.parametrize(
+    "dtype, share", [(torch.float16, 1.0), (torch.bfloat16, 2.0 if interpreting() else 1.0)]
+)
+def test_a_row_in_half_precision(dtype, share):
+    """Sums are float32, so less is lost than by plain half precision; the interpreter cuts bfloat16 off, which doubles a loss."""
+    angles = torch.arange(128.0, device=DEVICE).view(2, 1, 64)
+    got, plain = 0.0, 0.0
+    for lengths in ([150, 7], [90, 130], [199, 30], [64, 65]):
+        one = step(sequence(1), lengths, 2, 2, 64, slots=SPLIT_SLOTS, dtype=dtype)
+        one = replace(one, rotary=(angles.cos(), angles.sin()))
+        exact = one.to(torch.float32).run(tree_attention_reference)[0]
+        got += (one.run()[0] - exact).square().sum().item()
+        plain += (one.run(tree_attention_reference)[0] - exact).square().sum().item()
+    assert got**0.5 <= share * plain**0.5
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128])
@@ -315,7 +321,7 @@ def test_one_workspace_serves_every_step_and_is_left_clean():
 
 def test_keys_are_split_only_where_there_are_many():
     def parts(rows, slots):
-        return module._partition(1, rows, 1, 1, 16, slots, 4, torch.device("cpu")).parts
+        return module._partition(module._Size(1, rows, 1, 1, 16, slots, 4, torch.device("cpu"))).parts
 
     assert parts(2, 63) == 1
     assert parts(2, SPLIT_SLOTS) > 2
@@ -374,7 +380,8 @@ def kernel_for(kind: str, head_dim: int, shape: str, group: int = 1, window: int
     itemsize = 4 if kind == "fp32" else 2
     nodes, is_tree, streams = SHAPES[shape]
     rows = nodes * (1 + streams) if is_tree else nodes + streams
-    partition = module._partition(1, rows, 16 * group, 16, head_dim, 2048, itemsize, torch.device("cpu"))
+    size = module._Size(1, rows, 16 * group, 16, head_dim, 2048, itemsize, torch.device("cpu"))
+    partition = module._partition(size)
     block_keys, warps, stages = module._tiles(partition.block_rows, head_dim, itemsize)
     pointers = dict.fromkeys(("projected", "keys", "values", "out"), f"*{kind}")
     pointers |= {"lengths": "*i64", "ancestors": "*i64", "depths": "*i32", "anchors": "*i64"}
