@@ -16,11 +16,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.logits_process import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,12 +24,9 @@ from .configuration_utils import prepare_generation_config
 from .decode_run import DecodeOptions, start_run
 from .step_record import SpecGenerateOutput
 from .tree_tuning import DraftPlan
-from .verification import Rule
+from .verification import WHOLE_BATCH, Rule
 
 __all__ = ["DecodeOptions", "SpecGenerationMixin"]
-
-WHOLE_BATCH = (EncoderRepetitionPenaltyLogitsProcessor, EncoderNoRepeatNGramLogitsProcessor)
-"""Upstream's processors that are made of all sequences' prompts, while ours go through them one at a time."""
 
 
 class SpecGenerationMixin:

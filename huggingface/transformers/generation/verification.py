@@ -29,6 +29,13 @@ SCORE_ONLY = (
 )
 """Processors that look at scores alone, so that all nodes go through them at once and on the device."""
 
+WHOLE_BATCH = (
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
+    logits_process.EncoderNoRepeatNGramLogitsProcessor,
+)
+"""Processors made of all sequences' prompts: they take one sequence, and one node at a time (some releases of upstream change
+only as many rows as there are prompts)."""
+
 
 @dataclass
 class Acceptance:
@@ -90,7 +97,9 @@ class Rule:
         for row, history in enumerate(histories):
             present = nodes[row].tolist() if nodes is not None else list(range(shape.nodes))
             tokens = tree.tokens[row].tolist() if tree is not None else history[-1:]
-            for places in _by_depth(shape, present):
+            one_by_one = any(isinstance(processor, WHOLE_BATCH) for processor in self.processors)
+            together = [[i] for i in range(len(present))] if one_by_one else _by_depth(shape, present)
+            for places in together:
                 prefixes = [[*history, *(tokens[at] for at in shape.path(present[i])[1:])] for i in places]
                 ids: Any = torch.tensor(prefixes, dtype=torch.int64, device=logits.device)
                 processed[row, places] = self.processors(ids, scores[row, places])
