@@ -36,7 +36,7 @@ class _Ban(LogitsProcessor):
         {"logits_processor": LogitsProcessorList([_Ban()])},
         {"eos_token_id": [0, 6, 9]},
     ],
-    ids=str,
+    ids=lambda more: next(iter(more)),
 )
 def test_processors_and_stop_ids_as_upstream(architecture, more, make_model, make_stock):
     model = make_model(architecture)
