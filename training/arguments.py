@@ -63,6 +63,11 @@ class TrainingFlags:
         None, "rank of the bias from the preceding token [the config's, else 64]"
     )
     pruning_rank: int | None = option(None, "rank of the pruning head [the config's, else 0]")
+    draft_vocab_size: int | None = option(
+        None,
+        "tokens that streams may draft: so many, the most frequent of the completions and then of the prompts; 0: all "
+        "[the checkpoint's, else 0]",
+    )
     learning_rate: float = option(1e-3, "highest learning rate")
     optimizer: str = option(
         "adamw",
@@ -144,6 +149,7 @@ class TrainingFlags:
             "lora_rank",
             "transition_rank",
             "pruning_rank",
+            "draft_vocab_size",
             "warmup_steps",
             "eval_steps",
             "save_steps",

@@ -21,6 +21,7 @@ from training.arguments import TrainingFlags
 from training.calibration import Calibration, calibrate
 from training.checkpoints import choose_checkpoint
 from training.data import TextData, load_text
+from training.draft_vocab import check_draft_vocab, choose_draft_vocab
 from training.errors import CheckpointError
 from training.model_card import RunFacts, model_card
 from training.models import (
@@ -89,6 +90,7 @@ def train(flags: TrainingFlags) -> Outcome:
         freeze_main(prepared.model)
     if flags.own_targets:
         prepare_targets(flags, prepared, process)
+    choose_draft_vocab(prepared.model, flags.draft_vocab_size, prepared.train)
     trainer = make_trainer(flags, prepared, process)
     begin = time.monotonic()
     try:
@@ -146,6 +148,7 @@ def prepare(flags: TrainingFlags, text: TextData, is_main: bool, device: torch.d
     else:
         tokenizer = checkpoint_tokenizer(flags)
         model = model_from_checkpoint(flags)
+    check_draft_vocab(model, flags.draft_vocab_size)
     limit = min(
         flags.max_length or model.config.max_position_embeddings, model.config.max_position_embeddings
     )
@@ -326,6 +329,7 @@ def finish(
         parameters=sum(value.numel() for value in model.parameters()),
         stream_parameters=sum(value.numel() for value in model.streams.parameters()),
         vocab_size=model.config.vocab_size,
+        draft_vocab_size=model.config.draft_vocab_size,
         sets=[
             (part.name, part.source, len(part.train), part.skipped + prepared.skipped[part.name])
             for part in text.sets

@@ -40,16 +40,16 @@ class StreamSource:
         tokens = root[:, None]
         if shape.nodes == 1 or stream_hidden is None:
             return DraftTree(TreeShape((-1,), shape.streams), tokens)
-        tables = shape.tables(root.device)
+        tables = model.draft_tables()
         tokens = tokens.repeat(1, shape.nodes)
-        logits = model.get_output_embeddings()(stream_hidden[:, : shape.depth])
-        biased = bool(model.streams.config.transition_rank)
-        for depth, level in enumerate(tables.levels):
+        logits = model.draft_logits(stream_hidden[:, : shape.depth])
+        for depth, level in enumerate(shape.tables(root.device).levels):
             scores = logits[:, depth, None]
-            if biased:
-                scores = scores + model.transition_bias(tokens[:, level.parents])
+            bias = tables.bias(tokens[:, level.parents])
+            if bias is not None:
+                scores = scores + bias
             best = scores.argmax(-1, keepdim=True) if level.width == 1 else scores.topk(level.width).indices
-            best = best.expand(-1, len(level.parents), -1)
+            best = tables.named(best).expand(-1, len(level.parents), -1)
             tokens[:, level.nodes] = best[:, level.slots, level.ranks]
         return DraftTree(shape, tokens)
 

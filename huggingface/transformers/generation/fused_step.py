@@ -87,11 +87,10 @@ class FusedStep:
         self.choosing = {
             count: BestTokensWorkspace.allocate(batch * count, vocab, device) for count in {1, self.nodes}
         }
+        # Held here: a graph knows nothing but addresses.
+        self.tables = model.draft_tables() if self.nodes > 1 else None
         self.drafting = self._draft_workspace(batch, device) if self.nodes > 1 else None
         self.prior = self._prior(device) if self.nodes > 1 else None
-        # Held here: a graph knows nothing but addresses.
-        biased = self.nodes > 1 and model.streams.config.transition_rank
-        self.tables = model.transition_tables() if biased else (None, None)
         self.turns = self._turns(slots + self.streams + self.depth)
         self.logits = torch.empty(0)
         self.stream_states: torch.Tensor | None = None
@@ -103,7 +102,7 @@ class FusedStep:
         return AttentionWorkspace.for_step(batch, rows, heads, kv_heads, size, slots, keys.device)
 
     def _draft_workspace(self, batch: int, device: torch.device) -> DraftWorkspace:
-        vocab = self.model.get_output_embeddings().weight.shape[0]
+        vocab = self.tables.drafted or self.model.get_output_embeddings().weight.shape[0]
         return DraftWorkspace.allocate(batch, self.streams, vocab, self.plan.beam or 1, self.nodes, device)
 
     def _prior(self, device: torch.device) -> torch.Tensor:
@@ -165,24 +164,24 @@ class FusedStep:
 
     def draft(self) -> None:
         """Grows the tree of the next step."""
-        states = self.state.stream_hidden
-        if self.drafting is None or states is None:
+        states, tables = self.state.stream_hidden, self.tables
+        if self.drafting is None or tables is None or states is None:
             self.tree.tokens.copy_(self.state.root[:, None])
             return
         if self.continuation is not None and self.state.history is not None:
             lookup_continuation(self.state.history, self.state.lengths, self.state.root, self.continuation)
-        parents, tokens = self.tables
         draft_tree(
-            self._head(states),
+            self._head(states) if tables.head is None else linear(states, tables.head, tables.head_bias),
             self.state.root,
-            parents,
-            tokens,
+            tables.parents,
+            tables.tokens,
             self.tree,
             self.plan.beam or 1,
             self.drafting,
             self.continuation,
             prior=self.prior,
             trust=self.plan.trust,
+            vocabulary=tables.vocabulary,
         )
 
     def forward(self) -> None:

@@ -8,6 +8,7 @@ and token rows compute what they always did.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ...generation.graph_runner import release_runners
 from ...generation.utils import SpecGenerationMixin
-from ...integrations.quantized_linear import QuantizedLinear
 from ...integrations.sdpa_kernels import shape_agnostic_kernels
 from ...masking_utils import attention_mask_from, visible_between, visible_with_streams
 from .checkpoint import StreamCheckpointMixin
 from .configuration_spec_stream import StreamConfig
+from .draft_tables import DraftTables, dense_weight
 from .fused_layers import LayerNames
 from .streams import Streams, init_streams
 
@@ -38,13 +40,15 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
     layer_names: LayerNames | None = None
     _tables: tuple[torch.Tensor, torch.Tensor] | None = None
     _tables_source: tuple[int, ...] | None = None
+    _draft_tables: DraftTables | None = None
+    _draft_tables_source: tuple[int, ...] | None = None
 
     def __init__(self, config: Any):
         # The stock class that follows this mixin takes the configuration.
         super().__init__(config)  # type: ignore[call-arg]
         shape = StreamConfig.of(config)
         layers = self.decoder_layers()
-        shape.check_layers(len(layers))
+        shape.check(len(layers), config.vocab_size)
         self.streams = Streams(shape, config.hidden_size, len(layers)) if shape.streams else None
         if self.streams is not None:
             self.streams.attach_lora(layers, self.stream_linears)
@@ -245,13 +249,49 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         embedding, head = self.get_input_embeddings().weight, self.get_output_embeddings()
         factors = (self.streams.transition_in, self.streams.transition_out)
         if torch.is_grad_enabled():
-            return factors[0](embedding), factors[1](_dense_weight(head, embedding.dtype))
-        weights = (embedding, head.weight, factors[0].weight, factors[1].weight)
-        source = tuple(key for weight in weights for key in (weight.data_ptr(), weight._version))
+            return factors[0](embedding), factors[1](dense_weight(head, embedding.dtype))
+        source = _versions(embedding, head.weight, factors[0].weight, factors[1].weight)
         if self._tables is None or self._tables_source != source:
-            dense = _dense_weight(head, embedding.dtype)
+            dense = dense_weight(head, embedding.dtype)
             self._tables, self._tables_source = (factors[0](embedding), factors[1](dense)), source
         return self._tables
+
+    @torch.no_grad()
+    def draft_tables(self) -> DraftTables:
+        """Returns what drafting reads of the vocabulary; kept between calls while nothing changes that it comes from."""
+        parents, tokens = self.transition_tables() if self.streams.config.transition_rank else (None, None)
+        vocabulary, head = self.streams.draft_vocab, self.get_output_embeddings()
+        if vocabulary is None:
+            return DraftTables(None, None, None, parents, tokens)
+        source = _versions(vocabulary, head.weight, *([] if tokens is None else [tokens]))
+        if self._draft_tables is None or self._draft_tables_source != source:
+            dtype = self.get_input_embeddings().weight.dtype
+            self._draft_tables = DraftTables.of(vocabulary, head, dtype, parents, tokens)
+            self._draft_tables_source = source
+        return self._draft_tables
+
+    def draft_logits(self, stream_hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the (..., drafted) logits of the tokens that may be drafted, from (..., hidden) after the final norm."""
+        tables = self.draft_tables()
+        if tables.head is None:
+            return self.get_output_embeddings()(stream_hidden)
+        return F.linear(stream_hidden, tables.head, tables.head_bias)
+
+    def set_draft_vocab(self, tokens: torch.Tensor | None) -> None:
+        """Lets streams draft these tokens alone, in place.
+
+        Args:
+            tokens: int64 different tokens in any order, or `None` for the whole vocabulary.
+
+        Raises:
+            ValueError: too few of them, or more than the model has.
+        """
+        size = 0 if tokens is None else len(tokens)
+        shape = replace(self.streams.config, draft_vocab_size=size)
+        shape.check(len(self.decoder_layers()), self.config.vocab_size)
+        release_runners(self)
+        self.config.draft_vocab_size, self.streams.config = size, shape
+        self.streams.draft_vocab = None if tokens is None else tokens.sort().values.to(self.device)
 
     def early_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, vocab) next-token probabilities read below the stream layers, for pruning draft nodes."""
@@ -259,9 +299,9 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         return self.get_output_embeddings()(state).float().softmax(-1)
 
 
-def _dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a linear layer's (out, in) weight; a quantised one is read back."""
-    return layer.packed.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight
+def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Returns numbers that change when one of the tensors does."""
+    return tuple(key for tensor in tensors for key in (tensor.data_ptr(), tensor._version))
 
 
 def _gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,26 @@ def test_kernels_equal_the_reference(batch, streams, vocab, rank, beam, nodes, s
     assert_well_formed(tree, inputs[1])
 
 
+@pytest.mark.parametrize("draft", [pytest.param(draft_tree, marks=needs_kernels), draft_tree_reference])
+@pytest.mark.parametrize("drafted_tokens, rank", [(1, 0), (29, 16), (150, 4)])
+def test_some_tokens_alone(draft, drafted_tokens, rank):
+    """The tree is that of the whole vocabulary with every other token made impossible."""
+    logits, root, parent_table, token_table = draws(2, 3, 200, rank)
+    vocabulary = torch.randperm(200, device=DEVICE)[:drafted_tokens].sort().values
+    impossible = torch.full_like(logits, float("-inf"))
+    impossible[:, :, vocabulary] = logits[:, :, vocabulary]
+    expected = drafted((impossible, root, parent_table, token_table), 4, 16, draft_tree_reference)
+    some = (
+        logits[:, :, vocabulary],
+        root,
+        parent_table,
+        token_table if rank == 0 else token_table[vocabulary],
+    )
+    tree = drafted(some, 4, 16, draft, vocabulary=vocabulary)
+    assert_same(tree, expected)
+    assert set(tree.tokens[:, 1:][tree.origins[:, 1:] > 0].tolist()) <= set(vocabulary.tolist())
+
+
 @needs_kernels
 def test_half_precision_and_many_blocks():
     inputs = draws(1, 2, 900, 16, torch.float16)
@@ -341,6 +361,8 @@ def test_impossible_requests_are_refused():
         draft_tree(*inputs, tree, 4, prior=falling_prior(2, 4), trust=1.5)
     with pytest.raises(ValueError, match="prior"):
         draft_tree(*inputs, tree, 4, prior=falling_prior(2, 3))
+    with pytest.raises(ValueError, match="9 logits, but 8 tokens"):
+        draft_tree(*inputs, tree, 4, vocabulary=torch.arange(8, device=DEVICE))
 
 
 @needs_kernels
@@ -360,7 +382,7 @@ SIZES = {
 
 
 MODULE = "huggingface.transformers.integrations.tree_drafting_kernels"
-TYPES = {name: "*i64" for name in ("root", "tokens", "ancestors", "continuation")}
+TYPES = {name: "*i64" for name in ("root", "tokens", "ancestors", "continuation", "vocabulary")}
 TYPES |= {name: "*fp32" for name in ("scored", "parts", "pool_sums", "prior")}
 TYPES |= {name: "*i32" for name in ("pool_tokens", "pool_parents", "parents", "depths", "origins")}
 TYPES |= {name: "i32" for name in ("logits_batch_stride", "logits_stream_stride", "vocab", "rank", "level")}
