@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def run(
     description: str,
     shapes: Mapping[str, Any],
     stem: str,
-    measure: Callable[[Sequence[str], torch.device], dict[str, Any]],
+    measure: Callable[[Sequence[str], torch.device], Iterator[dict[str, Any]]],
     report: Callable[[dict[str, Any]], str],
     words: Sequence[str] | None,
 ) -> int:
@@ -33,7 +33,8 @@ def run(
         description: what it does; the first line is shown.
         shapes: what `--shapes` may name.
         stem: name of the files it writes, `stem.json` and `stem.md`.
-        measure: names of shapes and device -> everything that is measured.
+        measure: names of shapes and device -> what is measured so far, again and again; each is written, so that a run that is
+            cut keeps what it had.
         report: what is measured -> Markdown.
         words: the command line, `None` for the process's own.
     """
@@ -50,11 +51,13 @@ def run(
     if unknown or reason:
         parser.error(f"--shapes knows {', '.join(shapes)}; got {unknown}." if unknown else str(reason))
     flags.output_dir.mkdir(parents=True, exist_ok=True)
+    text = ""
     with torch.no_grad():
-        result = measure(names, device)
-    write_json(flags.output_dir / f"{stem}.json", result)
-    write_atomically(flags.output_dir / f"{stem}.md", report(result))
-    sys.stdout.write(report(result))
+        for result in measure(names, device):
+            text = report(result)
+            write_json(flags.output_dir / f"{stem}.json", result)
+            write_atomically(flags.output_dir / f"{stem}.md", text)
+    sys.stdout.write(text)
     return 0
 
 

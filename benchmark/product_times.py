@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,22 +55,23 @@ def main(words: Sequence[str] | None = None) -> int:
     return run("benchmark.product_times", str(__doc__), SHAPES, "products", measure, report, words)
 
 
-def measure(names: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Returns everything that is measured, with hardware, versions and date."""
+def measure(names: Sequence[str], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yields, after each product, everything that is measured so far, with hardware, versions and date."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return {
+    result: dict[str, Any] = {
         **setting(device),
         "dtype": "bfloat16",
         "weights": "random, published shapes",
         "bandwidth_bytes_per_s": copy_bandwidth(device),
         "cache_bytes": cache,
         "missing": {peer: package for peer, package in PEERS.items() if not _installed(package)},
-        "products": [
-            {"model": name, "product": part, **measure_shape(shape, device, cache)}
-            for name in names
-            for part, shape in SHAPES[name].items()
-        ],
+        "products": [],
     }
+    for name in names:
+        for part, shape in SHAPES[name].items():
+            times = measure_shape(shape, device, cache)
+            result["products"].append({"model": name, "product": part, **times})
+            yield result
 
 
 def _installed(package: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ PROMPT, CONTEXT, NEW_TOKENS = 256, 320, 128
 """Tokens of the prompt pass; committed tokens of a timed step, a prompt of 256 and half of 128 new tokens; tokens of a call."""
 TREES = (8, 16, 32, 64)
 EAGER_TREE = 32
+DRAFT_VOCABULARY = 16384
+"""Tokens that streams may draft in a step measured beside the tree of as many nodes as `EAGER_TREE`."""
 PHASES = ("forward", "verify", "commit", "draft")
 
 
@@ -62,19 +64,23 @@ def main(words: Sequence[str] | None = None) -> int:
     return run("benchmark.step_times", str(__doc__), SHAPES, "steps", measure, report, words)
 
 
-def measure(names: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Returns everything that is measured, with hardware, versions and date."""
+def measure(names: Sequence[str], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yields, after each shape, everything that is measured so far, with hardware, versions and date."""
     ceiling = copy_bandwidth(device)
-    return {
+    result: dict[str, Any] = {
         **setting(device),
         "dtype": "bfloat16",
         "weights": "random, published shapes, vocabulary 50,257",
         "bandwidth_bytes_per_s": ceiling,
         "context": CONTEXT,
         "gamma": GAMMA,
-        "shapes": {name: measure_shape(SHAPES[name], device, ceiling) for name in names},
-        "attention": [row for name in names for row in measure_attention(SHAPES[name], device)],
+        "shapes": {},
+        "attention": [],
     }
+    for name in names:
+        result["shapes"][name] = measure_shape(SHAPES[name], device, ceiling)
+        result["attention"] += measure_attention(SHAPES[name], device)
+        yield result
 
 
 def build(shape: Shape, device: torch.device) -> Any:
@@ -109,17 +115,18 @@ def measure_shape(shape: Shape, device: torch.device, ceiling: float) -> dict[st
     read = sum(p.nbytes for name, p in model.named_parameters() if ".h." in name)
     read += model.get_output_embeddings().weight.nbytes
     plain = measure_plan(model, DraftPlan.plain())
-    trees = {nodes: measure_plan(model, _grown(nodes)) for nodes in TREES}
+    trees = {str(nodes): measure_plan(model, _grown(nodes)) for nodes in TREES}
+    eager = {str(nodes): measure_eager(model, nodes) for nodes in (1, EAGER_TREE)}
+    model.set_draft_vocab(torch.arange(DRAFT_VOCABULARY))
+    trees[f"{EAGER_TREE}, {DRAFT_VOCABULARY:,} tokens drafted"] = measure_plan(model, _grown(EAGER_TREE))
     result = {
         **asdict(shape),
         "weight_bytes_read": read,
         "floor_s": read / ceiling,
         "share_of_ceiling": read / ceiling / plain["step_s"],
         "plain": plain,
-        "launched_from_python": {str(nodes): measure_eager(model, nodes) for nodes in (1, EAGER_TREE)},
-        "trees": {
-            str(nodes): {**tree, "ratio": tree["step_s"] / plain["step_s"]} for nodes, tree in trees.items()
-        },
+        "launched_from_python": eager,
+        "trees": {name: {**tree, "ratio": tree["step_s"] / plain["step_s"]} for name, tree in trees.items()},
     }
     release_runners(model)
     return result
