@@ -105,6 +105,7 @@ class PretendedEvent:
 @pytest.fixture
 def pretended_device(monkeypatch):
     """CUDA's graphs on a CPU: the steps' kernels are their references; returns the pools of the captured graphs."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     pools = []
 
     @contextlib.contextmanager
