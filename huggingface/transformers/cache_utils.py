@@ -13,8 +13,20 @@ copy then commits all layers of a block.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class _Base:
+    """First slot of the rows of the next step, which a cache and its layers share.
+
+    Were they to share the cache, the two would hold each other, and its memory would wait for the garbage collector.
+    """
+
+    slot: int = 0
 
 
 class StaticTreeLayer(CacheLayerMixin):
@@ -24,9 +36,9 @@ class StaticTreeLayer(CacheLayerMixin):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, cache: StaticTreeCache, keys: torch.Tensor, values: torch.Tensor):
+    def __init__(self, base: _Base, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
-        self.cache = cache
+        self.base = base
         self.keys = keys
         self.values = values
         self.is_initialized = True
@@ -38,28 +50,24 @@ class StaticTreeLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes (batch, kv_heads, rows, head_dim) and returns views (batch, kv_heads, base + rows, head_dim)."""
-        start = self.cache.base
+        start = self.base.slot
         end = start + key_states.shape[2]
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.base + query_length, 0
+        return self.base.slot + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.base
+        return self.base.slot
 
     def get_max_length(self) -> int:
         return self.keys.shape[2]
 
 
 class StaticTreeCache(Cache):
-    """Keys and values of all layers, committed by position.
-
-    Attributes:
-        base: first slot of the rows of the next step; the longest committed length.
-    """
+    """Keys and values of all layers, committed by position."""
 
     def __init__(
         self,
@@ -93,7 +101,7 @@ class StaticTreeCache(Cache):
             raise ValueError(
                 f"a cache needs at least one row; got capacity {capacity} and scratch {scratch}."
             )
-        self.base = 0
+        self._base = _Base()
         self.capacity = capacity
         self.scratch = scratch
         # Zeros, not empty: a masked key weighs nothing, but nothing times an unset NaN is NaN.
@@ -101,7 +109,16 @@ class StaticTreeCache(Cache):
         self.below = torch.zeros((first_upper, *shape), dtype=dtype, device=device)
         self.above = torch.zeros((num_layers - first_upper, *shape), dtype=dtype, device=device)
         blocks = [*self.below, *self.above]
-        super().__init__(layers=[StaticTreeLayer(self, keys, values) for keys, values in blocks])
+        super().__init__(layers=[StaticTreeLayer(self._base, keys, values) for keys, values in blocks])
+
+    @property
+    def base(self) -> int:
+        """First slot of the rows of the next step; the longest committed length."""
+        return self._base.slot
+
+    @base.setter
+    def base(self, slot: int) -> None:
+        self._base.slot = slot
 
     @classmethod
     def for_model(cls, model, batch: int, capacity: int, scratch: int) -> StaticTreeCache:

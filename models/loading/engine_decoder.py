@@ -92,7 +92,7 @@ class EngineDecoder:
         if graph_runner.uncaptured_reason(self.model, plan, rule) is not None:
             return longest + prompts.new_tokens, plan.shape.rows + plan.shape.depth + 1
         geometry = graph_runner.geometry_of(self.model, batch, longest, prompts.new_tokens, plan, rule, False)
-        return geometry.capacity, plan.shape.nodes + 2 * (plan.shape.streams + 1)
+        return geometry.capacity, plan.shape.nodes + 2 * (max(plan.shape.streams, plan.lookup) + 1)
 
     def _plan(self, batch: int) -> DraftPlan:
         if self.drafts == "none":

@@ -11,6 +11,7 @@ What a step emits is known after `verify`; while the host reads it, the device c
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ class FusedStep:
 
     def __init__(self, model: Any, batch: int, capacity: int, plan: DraftPlan, rule: Rule):
         device, dtype = model.device, model.dtype
-        self.model, self.plan, self.rule = model, plan, rule
+        # Not held: the model holds its runners, and these would hold each other.
+        self.model = weakref.proxy(model)
+        self.plan, self.rule = plan, rule
         self.layers = fused_layers_of(model)
         self.nodes = plan.shape.nodes
         self.streams = plan.shape.streams if self.nodes > 1 else 0

@@ -16,12 +16,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from transformers.generation.logits_process import EtaLogitsWarper
 
 from ..integrations import triton_support
-from ..models.spec_stream.fused_layers import unfused_reason, weights_of
+from ..models.spec_stream.model_state import state_of, weights_of
 from .step_record import PhaseTimer
 from .tree_tuning import DraftPlan
 from .verification import Rule
@@ -30,6 +32,8 @@ SMALLEST_PROMPT, SMALLEST_CAPACITY = 64, 512
 """Least tokens a prompt is padded to, and least committed rows of a cache; both grow by powers of two."""
 KEPT = 3
 """Runners a model keeps: a benchmark's batch sizes come one after another, plain and drafting in turns."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute in."""
 LARGEST_TREE = 64
 """Nodes whose ancestors fit one 64-bit word."""
 
@@ -39,9 +43,15 @@ def uncaptured_reason(model: Any, plan: DraftPlan, rule: Rule) -> str | None:
     device = model.device
     if device.type != "cuda":
         return f"graphs are CUDA's, the model is on {device.type}"
-    reason = triton_support.unavailable(device) or unfused_reason(model)
+    reason = triton_support.unavailable(device) or state_of(model).reason
     if reason is not None:
         return reason
+    if model.dtype not in DTYPES:
+        return f"no kernel knows {model.dtype}"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on, and captured steps compute in the model's own dtype"
+    if any(isinstance(processor, EtaLogitsWarper) for processor in rule.processors):
+        return "eta_cutoff asks the device for a number, which no capture may do"
     if rule.needs_prefixes:
         return "a logits processor looks at the tokens before, on the host"
     if plan.shape.nodes > LARGEST_TREE:
@@ -64,7 +74,7 @@ class Geometry:
         plan: what is drafted.
         rule: name of how tokens are picked.
         phases: one graph a phase, each timed, instead of one a step.
-        weights: tells one state of the model from another, moved or cast.
+        weights: tells one state of the model from another.
     """
 
     batch: int
@@ -73,7 +83,7 @@ class Geometry:
     plan: DraftPlan
     rule: str
     phases: bool
-    weights: tuple[int, torch.dtype, int]
+    weights: tuple[int, int]
 
 
 def geometry_of(
@@ -110,6 +120,8 @@ class _Runners(OrderedDict):
 def runner_for(model: Any, geometry: Geometry, rule: Rule) -> GraphRunner:
     """Returns the model's runner of a geometry; captures it where there is none yet."""
     runners = model.__dict__.setdefault("_graph_runners", _Runners())
+    for known in [known for known in runners if known.weights != geometry.weights]:
+        del runners[known]  # it serves nobody any more, and may hold weights as they were
     serving = [known for known in runners if _serves(known, geometry)]
     if serving:
         runners.move_to_end(serving[0])
@@ -151,6 +163,12 @@ class _Prefill:
     lengths: torch.Tensor
     held: torch.Tensor
     graph: Any
+
+
+@lru_cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream that a device's graphs are captured on; torch's own is that of the device which captured first."""
+    return torch.cuda.Stream(device)
 
 
 class GraphRunner:
@@ -199,7 +217,7 @@ class GraphRunner:
         work()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=capture_stream(self.device)):
             work()
         return graph
 

@@ -142,7 +142,7 @@ class _CapturedStep:
 
     def __init__(self, model, plan: DraftPlan, context: int, batch: int, pool: Any):
         from .fused_step import FusedStep  # which needs the plans, and those need this module
-        from .graph_runner import geometry_of
+        from .graph_runner import capture_stream, geometry_of
 
         self.device = model.device
         rule = Rule(LogitsProcessorList())
@@ -153,7 +153,7 @@ class _CapturedStep:
         self._work()  # compiles kernels and fills caches, which no capture may do
         torch.cuda.synchronize(self.device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, stream=capture_stream(self.device)):
             self._work()
 
     def _work(self) -> None:

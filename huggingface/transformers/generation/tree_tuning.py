@@ -21,6 +21,7 @@ from transformers import LogitsProcessorList
 
 from .draft_settings import rank_accuracy, saved_settings, update_settings
 from .draft_tree import TreeShape
+from .model_context import model_context
 from .step_cost import REPLAYS, captured_step_seconds, eager_step_seconds
 from .verification import Rule
 
@@ -299,6 +300,11 @@ def tune(model, sizes: Sequence[int] | None = None, context: int = CONTEXT, batc
     Raises:
         ValueError: a size that no captured step can have.
     """
+    with model_context(model):
+        return _tune(model, sizes, batch, context)
+
+
+def _tune(model, sizes: Sequence[int] | None, batch: int, context: int) -> Tuning:
     batch, captured = batch_class(batch), captures_steps(model)
     replays = REPLAYS if captured else 1
     room = (replays + 1) * (model.streams.config.streams + 1)

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .configuration_utils import prepare_generation_config
 from .decode_run import DecodeOptions, start_run
+from .model_context import model_context
 from .step_record import SpecGenerateOutput
 from .tree_tuning import DraftPlan
 from .verification import WHOLE_BATCH, Rule
@@ -137,14 +138,15 @@ class _Loop:
     __signature__ = inspect.Signature()
 
     def __call__(self, model, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor | SpecGenerateOutput:
-        return _decode(
-            model,
-            input_ids,
-            options=self.options,
-            output_streamer=self.streamer,
-            started=self.started,
-            **prepared,
-        )
+        with model_context(model):
+            return _decode(
+                model,
+                input_ids,
+                options=self.options,
+                output_streamer=self.streamer,
+                started=self.started,
+                **prepared,
+            )
 
 
 def _decode(

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .tensor_version import version_of
+
 PACK_LIMIT = 2**30
 """Bytes of weights above which nothing is packed: a copy of a large model could exhaust the memory."""
 LARGE_WEIGHT = 2**20
@@ -44,7 +46,7 @@ class _Packed:
     """Packed copies of the weights of some layers, side by side, and what they were made from."""
 
     def __init__(self, layers: tuple[nn.Linear | Conv1D, ...]):
-        self.sources = [(layer.weight, layer.weight._version) for layer in layers]
+        self.sources = [(layer.weight, version_of(layer.weight)) for layer in layers]
         weights = [outputs_first(layer) for layer in layers]
         weight = weights[0].contiguous() if len(layers) == 1 else torch.cat(weights)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -54,7 +56,7 @@ class _Packed:
     def holds(self, layers: tuple[nn.Linear | Conv1D, ...]) -> bool:
         """Returns whether no weight was replaced or written to since."""
         return all(
-            layer._parameters["weight"] is weight and weight._version == version
+            layer._parameters["weight"] is weight and version_of(weight) == version
             for layer, (weight, version) in zip(layers, self.sources, strict=True)
         )
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..quantizers.packing import GROUP_SIZES, MIDDLE_INT4, WeightFormat, unpack
 from .quantized_linear import QuantizedLinear
+from .tensor_version import version_of
 
 COPY_LIMIT = 2**30
 """Bytes of 4-bit weights above which nothing is copied: a large model's could exhaust the memory."""
@@ -53,7 +54,7 @@ class _Copy:
     """A layer's weight in torch's layout, and what it was made from."""
 
     def __init__(self, layer: QuantizedLinear, size: int):
-        self.sources = [(tensor, tensor._version) for tensor in _stored(layer)]
+        self.sources = [(tensor, version_of(tensor)) for tensor in _stored(layer)]
         self.size, packed = size, layer.packed
         numbers = unpack(packed.weight)[:, : packed.inner].int()
         self.weight = torch._convert_weight_to_int4pack_for_cpu(numbers.contiguous(), 1)
@@ -66,7 +67,7 @@ class _Copy:
     def holds(self, layer: QuantizedLinear) -> bool:
         """Returns whether nothing stored was replaced or written to since."""
         return all(
-            now is then and now._version == version
+            now is then and version_of(now) == version
             for now, (then, version) in zip(_stored(layer), self.sources, strict=True)
         )
 

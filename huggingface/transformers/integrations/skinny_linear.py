@@ -140,6 +140,7 @@ def linear(
     single = count == 1 and (norm is None or inner <= WIDEST_NORM)
     if norm is not None and not single:
         rows, _ = add_norm(rows, None, norm)
+        norm, single = None, count == 1
     registers_only = not gated and gluon_unavailable() is None
     tile = choose_fragment_tile(count, columns, inner) if registers_only else None
     here = single or (runs_here(count, inner) and inner <= MOST_INPUTS)

@@ -20,6 +20,7 @@ from .tree_drafting_workspace import (
     DraftWorkspace,
     block_warps,
     kernel_sizes,
+    level_stages,
     next_power_of_two,
     padded_rank,
 )
@@ -179,6 +180,7 @@ def _draft_tree_triton(
             RANK=padded_rank(rank),
             FIRST=level == 0,
             num_warps=warps,
+            num_stages=level_stages(rank),
             **sizes,
         )  # fmt: skip
     draft_selection_kernel[(batch,)](

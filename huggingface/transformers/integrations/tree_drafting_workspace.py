@@ -98,6 +98,11 @@ def block_warps(block: int) -> int:
     return SMALL_WARPS if block <= SMALL_BLOCK else LARGE_WARPS
 
 
+def level_stages(rank: int) -> int:
+    """Returns the stages of a level's pipeline; three of more than 128 features exceed the 99 KB of sm_86."""
+    return 2 if padded_rank(rank) > 128 else 3
+
+
 def kernel_sizes(beam: int, nodes: int, streams: int, vocab: int) -> dict[str, int]:
     """Returns the constants that both kernels have in common."""
     width = max(2, next_power_of_two(beam))

@@ -19,11 +19,12 @@ from transformers.cache_utils import Cache
 from ...generation.graph_runner import release_runners
 from ...generation.utils import SpecGenerationMixin
 from ...integrations.sdpa_kernels import shape_agnostic_kernels
+from ...integrations.tensor_version import version_of
 from ...masking_utils import attention_mask_from, visible_between, visible_with_streams
 from .checkpoint import StreamCheckpointMixin
 from .configuration_spec_stream import StreamConfig
 from .draft_tables import DraftTables, dense_weight
-from .fused_layers import LayerNames
+from .fusable import LayerNames
 from .streams import Streams, init_streams
 
 Masks = dict[int | None, torch.Tensor | None]
@@ -57,6 +58,11 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_streams(module, self.config.initializer_range)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves or casts weights; what was captured of the old ones is of no use any more, and would hold memory."""
+        release_runners(self)
+        return super()._apply(fn, recurse)
 
     # What an architecture file says.
     def decoder_layers(self) -> nn.ModuleList:
@@ -301,7 +307,7 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
 
 def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
     """Returns numbers that change when one of the tensors does."""
-    return tuple(key for tensor in tensors for key in (tensor.data_ptr(), tensor._version))
+    return tuple(key for tensor in tensors for key in (tensor.data_ptr(), version_of(tensor)))
 
 
 def _gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
+from transformers.generation.logits_process import EtaLogitsWarper
 
 from huggingface.transformers.generation import graph_runner
 from huggingface.transformers.generation.draft_tree import TreeShape
@@ -31,7 +33,7 @@ from huggingface.transformers.generation.graph_runner import (
 )
 from huggingface.transformers.generation.step_record import PhaseTimer
 from huggingface.transformers.generation.tree_tuning import DraftPlan
-from huggingface.transformers.generation.verification import Rule
+from huggingface.transformers.generation.verification import SCORE_ONLY, Rule
 from tests.architectures import with_heads_of
 
 from .host_runner import HostRunner, use_host_runner
@@ -86,6 +88,43 @@ def test_what_the_layers_miss_is_the_reason(on_cuda):
     assert "does not say where" in uncaptured_reason(on_cuda, TREE, GREEDY)
 
 
+def test_a_dtype_that_no_kernel_computes_in_is_a_reason(on_cuda):
+    on_cuda.model.double()
+    assert "no kernel knows torch.float64" in uncaptured_reason(on_cuda, TREE, GREEDY)
+
+
+def test_autocast_is_a_reason(on_cuda, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    assert "autocast is on" in uncaptured_reason(on_cuda, TREE, GREEDY)
+
+
+def test_a_processor_that_asks_the_device_is_a_reason(on_cuda):
+    rule = Rule(LogitsProcessorList([EtaLogitsWarper(1e-3)]), do_sample=True)
+    assert "eta_cutoff" in uncaptured_reason(on_cuda, TREE, rule)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCORE_ONLY if kind is not EtaLogitsWarper])
+def test_the_others_ask_it_nothing(kind):
+    """What reads a number back from the device cannot be captured."""
+    options = {
+        "TemperatureLogitsWarper": [0.7], "TopKLogitsWarper": [3], "TopPLogitsWarper": [0.8], "MinPLogitsWarper": [0.1],
+        "TypicalLogitsWarper": [0.8], "EpsilonLogitsWarper": [1e-3],
+    }  # fmt: skip
+    processor = kind(*options.get(kind.__name__, []))
+    with _NothingRead():
+        processor(None, torch.randn(3, 13))
+    with pytest.raises(AssertionError, match="reads"), _NothingRead():
+        EtaLogitsWarper(1e-3)(None, torch.randn(3, 13))
+
+
+class _NothingRead(TorchDispatchMode):
+    """Fails where a number of a tensor is read."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "reads a number"
+        return function(*args, **(kwargs or {}))
+
+
 def test_processors_of_prefixes_are_a_reason(on_cuda):
     rule = Rule(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)]))
     assert "tokens before" in uncaptured_reason(on_cuda, TREE, rule)
@@ -104,11 +143,11 @@ def test_a_fixed_tree_is_a_reason(on_cuda):
     assert "fixed tree" in uncaptured_reason(on_cuda, replace(TREE, beam=None), GREEDY)
 
 
-def model_of(limit: int, dtype=torch.float32):
-    weight = torch.zeros(3, 2, dtype=dtype)
+def model_of(limit: int, number: int = 0):
+    """Returns what of a model decides a geometry: its positions, and the number of its state."""
     return SimpleNamespace(
         config=SimpleNamespace(max_position_embeddings=limit),
-        get_input_embeddings=lambda: SimpleNamespace(weight=weight),
+        _model_state=SimpleNamespace(holds=lambda: True, number=number, writes=lambda: 0),
     )
 
 
@@ -174,7 +213,7 @@ def test_a_runner_serves_what_is_no_larger():
         {"plan": DraftPlan.plain()},
         {"rule": "x"},
         {"phases": True},
-        {"weights": (1, torch.float16, 0)},
+        {"weights": (1, 0)},
     ],
     ids=str,
 )

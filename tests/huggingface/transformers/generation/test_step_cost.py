@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from huggingface.transformers.generation import draft_settings, fused_step, step_cost
+from huggingface.transformers.generation import draft_settings, fused_step, graph_runner, step_cost
 from huggingface.transformers.generation.step_cost import (
     LEAST_ROUNDS,
     MOST_ROUNDS,
@@ -109,7 +109,7 @@ def pretended_device(monkeypatch):
     pools = []
 
     @contextlib.contextmanager
-    def graph(captured, pool):
+    def graph(captured, pool, stream):
         pools.append(pool)
         yield
 
@@ -117,6 +117,7 @@ def pretended_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
     monkeypatch.setattr(torch.cuda, "Event", PretendedEvent)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(graph_runner, "capture_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)

@@ -155,14 +155,16 @@ def test_a_norm_in_front(rows, norm, inner):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_a_norm_wider_than_one_program_holds(norm, monkeypatch):
     """The norm is then a pass of its own; the row is read in several chunks."""
-    apart = []
-    original = skinny_linear.add_norm
+    apart, products = [], []
+    original, product = skinny_linear.add_norm, skinny_linear.gemv
+    monkeypatch.setattr(skinny_linear, "gemv", lambda *args: products.append(1) or product(*args))
     monkeypatch.setattr(skinny_linear, "add_norm", lambda *args: apart.append(1) or original(*args))
     wide = skinny_linear.WIDEST_NORM
     check_loss(arguments(1, 3, wide, norm=norm))
     assert not apart
     check_loss(arguments(1, 3, wide + 4, norm=norm, bias=True))
     assert apart
+    assert len(products) == 2
 
 
 @needs_kernels

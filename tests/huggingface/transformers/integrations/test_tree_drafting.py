@@ -22,6 +22,7 @@ from huggingface.transformers.integrations.tree_drafting_workspace import (
     SELECTION_WARPS,
     block_warps,
     kernel_sizes,
+    level_stages,
     next_power_of_two,
 )
 from huggingface.transformers.integrations.triton_support import unavailable
@@ -378,6 +379,7 @@ SIZES = {
     "largest tree": ("bf16", 8192, 8, 64, 7, 16),
     "large vocabulary": ("bf16", 50257, 8, 64, 4, 16),
     "float32, largest vocabulary": ("fp32", 128256, 8, 64, 4, 0),
+    "high rank": ("bf16", 50257, 8, 32, 4, 0, 256),
 }
 
 
@@ -401,7 +403,7 @@ def kernels_of(kind, vocab, beam, nodes, streams, chain, rank=64):
         "CHAIN": chain,
     } | ({} if chain else {"continuation": None})
     return [
-        (MODULE, "draft_level_kernel", types, sizes | level, warps, 3, ("rank",)),
+        (MODULE, "draft_level_kernel", types, sizes | level, warps, level_stages(rank), ("rank",)),
         (MODULE, "draft_selection_kernel", types, sizes | selection, SELECTION_WARPS, 3, ()),
     ]
 

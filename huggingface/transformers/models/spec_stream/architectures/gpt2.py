@@ -8,7 +8,7 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from ..configuration_spec_stream import StreamFields
-from ..fused_layers import LayerNames
+from ..fusable import LayerNames
 from ..modeling_spec_stream import StreamDecoder
 
 

@@ -9,7 +9,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoForCausalLM
 
 from ...gpt_neo.modeling_gpt_neo import SpecGPTNeoForCausalLM
 from ..configuration_spec_stream import StreamFields
-from ..fused_layers import LayerNames
+from ..fusable import LayerNames
 from ..modeling_spec_stream import StreamDecoder
 
 

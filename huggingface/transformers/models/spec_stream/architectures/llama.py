@@ -10,7 +10,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ..configuration_spec_stream import StreamFields
-from ..fused_layers import LayerNames
+from ..fusable import LayerNames
 from ..modeling_spec_stream import StreamDecoder
 
 
