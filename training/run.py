@@ -17,6 +17,7 @@ from transformers.utils import logging as upstream_logging
 
 import huggingface.transformers  # noqa: F401 - registers the stream models
 from huggingface.transformers.generation.graph_runner import release_runners
+from models.loading.checkpoint import read_config
 from training.arguments import TrainingFlags
 from training.calibration import Calibration, calibrate
 from training.checkpoints import choose_checkpoint
@@ -285,6 +286,11 @@ def base_reference(flags: TrainingFlags) -> str:
     name = str(flags.model_name_or_path)
     if not Path(name).is_dir():
         return name
+    below = getattr(read_config(name), "base_model_name_or_path", None)
+    if below is not None:  # streams alone, whose base is what ours stand on
+        if not (Path(name) / below).is_dir():
+            return str(below)
+        name = str(Path(name) / below)
     base, folder = Path(name).resolve(), flags.output_dir.resolve()
     if base.is_relative_to(folder.parent):
         return Path(os.path.relpath(base, folder)).as_posix()

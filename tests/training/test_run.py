@@ -211,6 +211,13 @@ def test_streams_and_their_base_move_together(tmp_path, own_file, stock_llama):
     assert_whole(moved, base)
 
 
+def test_streams_trained_on_streams_alone_stand_on_their_base(tmp_path, own_file, stock_llama):
+    first = streams_alone(tmp_path / "first", own_file, stock_llama)
+    again = streams_alone(tmp_path / "again", own_file, first)
+    assert json.loads((again / "config.json").read_text())["base_model_name_or_path"] == "../llama"
+    assert_whole(again, stock_llama)
+
+
 def test_a_base_from_another_tree_keeps_its_whole_path(tmp_path, stock_llama):
     flags = flags_for(
         "adapter", tmp_path / "deep" / "out", model_name_or_path=str(stock_llama), datasets=("spider",)

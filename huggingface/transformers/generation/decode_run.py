@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..cache_utils import StaticTreeCache
@@ -82,11 +81,10 @@ class DecodeRun(ABC):
         self.config = config
         self.rule = rule
         self.timer = timer
-        others = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
         self.sequences = Sequences(
             input_ids,
             attention_mask,
-            stop_rule(config, others, config.max_length - input_ids.shape[1]),
+            stop_rule(config, criteria, input_ids.shape[1]),
             limit=model.config.max_position_embeddings,
         )
         self.options = options

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,27 @@ class StopRule:
     pad: int = 0
 
 
-def stop_rule(config: GenerationConfig, criteria: list[StoppingCriteria], max_new_tokens: int) -> StopRule:
-    """Returns the stop rule of a prepared generation configuration."""
-    eos = config.eos_token_id
+def stop_rule(config: GenerationConfig, criteria: StoppingCriteriaList, prompt: int) -> StopRule:
+    """Returns the stop rule of a prepared call.
+
+    Args:
+        config: of the call.
+        criteria: upstream's, of which the caller's own replace those that upstream makes of the configuration.
+        prompt: tokens of a prompt, padding included.
+    """
+    eos: Any = config.eos_token_id
+    longest = config.max_length
+    others = []
+    for one in criteria:
+        if isinstance(one, MaxLengthCriteria):
+            longest = one.max_length
+        elif not isinstance(one, EosTokenCriteria):
+            others.append(one)
+        elif one.eos_token_id is not getattr(config, "_eos_token_tensor", None):
+            eos = one.eos_token_id.tolist()
     ids = frozenset([eos] if isinstance(eos, int) else eos or ())
     pad = config.pad_token_id
-    return StopRule(ids, max_new_tokens, criteria, pad if pad is not None else min(ids, default=0))
+    return StopRule(ids, longest - prompt, others, pad if pad is not None else min(ids, default=0))
 
 
 class Sequences:

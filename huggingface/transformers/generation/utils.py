@@ -16,18 +16,29 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
-from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .configuration_utils import prepare_generation_config
 from .decode_run import DecodeOptions, start_run
 from .model_context import model_context
+from .processors import check_processors
 from .step_record import SpecGenerateOutput
 from .tree_tuning import DraftPlan
-from .verification import WHOLE_BATCH, Rule
+from .verification import Rule
 
 __all__ = ["DecodeOptions", "SpecGenerationMixin"]
+
+
+UNREAD_INPUTS = ("position_ids", "token_type_ids", "inputs_embeds")
+"""Inputs that upstream's models take and that would change the text, were our loop to pass over them."""
+UNSUPPORTED = ("dola_layers", "penalty_alpha", "output_attentions", "output_hidden_states")
+"""Settings of upstream's decoding methods that ours has nothing for."""
+
+
+class _Criteria(StoppingCriteriaList):
+    """The caller's stopping criteria, with the tokenizer that upstream makes one for stop strings from."""
+
+    tokenizer: Any = None
 
 
 class SpecGenerationMixin:
@@ -76,14 +87,24 @@ class SpecGenerationMixin:
             capture,
             prepare_only,
         )
-        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if "custom_generate" in kwargs:
+            raise ValueError("custom_generate: this model has a decoding loop of its own; leave it out.")
         if stop_strings is not None:
             if tokenizer is None:
                 raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... to generate.")
-            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+            kwargs["stop_strings"] = stop_strings
+        criteria = _Criteria(stopping_criteria or [])
+        criteria.tokenizer = tokenizer
         loop = _Loop(options, streamer, started)
         return super().generate(
             inputs, streamer=streamer, stopping_criteria=criteria, custom_generate=loop, **kwargs
+        )
+
+    def _get_stopping_criteria(self, generation_config, stopping_criteria, tokenizer=None, **kwargs):
+        """Upstream loses the tokenizer on the way to a decoding method of one's own; the criteria brought it along."""
+        tokenizer = getattr(stopping_criteria, "tokenizer", tokenizer)
+        return super()._get_stopping_criteria(
+            generation_config, stopping_criteria=stopping_criteria, tokenizer=tokenizer, **kwargs
         )
 
     def _prepare_generation_config(
@@ -94,8 +115,13 @@ class SpecGenerationMixin:
     # What upstream's preparation asks of every model. Each answer is upstream's own for the models at hand, or nothing where our
     # loop never reads it; found upstream's way they took over a third of the time to a small model's first token.
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """Raises ValueError for arguments that the model does not take; a mask alone needs no look at signatures."""
+        """Raises ValueError for arguments that model or loop do not take; a mask alone needs no look at signatures."""
         if model_kwargs.keys() - {"attention_mask"}:
+            unread = [name for name in UNREAD_INPUTS if model_kwargs.get(name) is not None]
+            if unread:
+                raise ValueError(
+                    f"{', '.join(unread)}: this decoding loop reads input_ids and attention_mask alone; leave it out."
+                )
             super()._validate_model_kwargs(model_kwargs)
 
     def _supports_logits_to_keep(self) -> bool:
@@ -166,7 +192,7 @@ def _decode(
     _check_supported(generation_config, output_streamer, input_ids)
     rule = Rule(logits_processor, bool(generation_config.do_sample))
     run = start_run(model, input_ids, attention_mask, generation_config, stopping_criteria, options, rule)
-    _check_processors(logits_processor, len(input_ids), run.plan)
+    check_processors(logits_processor, len(input_ids), run.plan.shape.nodes)
     run.prepare()
     if options.prepare_only:
         return run.result()
@@ -185,22 +211,12 @@ def _decode(
     return run.result()
 
 
-def _check_processors(processors: LogitsProcessorList, batch: int, plan: DraftPlan) -> None:
-    """Raises ValueError for processors that a sequence of a batch, or a node of a tree, cannot be sent through by itself."""
-    for processor in processors:
-        name = type(processor).__name__
-        if isinstance(processor, WHOLE_BATCH) and batch > 1:
-            raise ValueError(f"{name} holds the prompts of all {batch} sequences; decode them one by one.")
-        guided = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
-        if guided and (batch > 1 or plan.shape.nodes > 1):
-            raise ValueError(
-                f"{name} (guidance_scale) follows one sequence token by token; decode prompts one by one with drafts='none'."
-            )
-
-
 def _check_supported(
     config: GenerationConfig, streamer: BaseStreamer | None, input_ids: torch.Tensor
 ) -> None:
+    asked = [name for name in UNSUPPORTED if getattr(config, name, None)]
+    if asked:
+        raise ValueError(f"{', '.join(asked)}: this decoding loop has no such thing; leave it out.")
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams {config.num_beams}: beams have no draft tree; set num_beams=1.")
     if streamer is not None and len(input_ids) > 1:

@@ -12,29 +12,9 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process
 
 from .draft_tree import DraftTree, TreeShape
-
-SCORE_ONLY = (
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.MinPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.LogitNormalization,
-    logits_process.InfNanRemoveLogitsProcessor,
-)
-"""Processors that look at scores alone, so that all nodes go through them at once and on the device."""
-
-WHOLE_BATCH = (
-    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
-    logits_process.EncoderNoRepeatNGramLogitsProcessor,
-)
-"""Processors made of all sequences' prompts: they take one sequence, and one node at a time (some releases of upstream change
-only as many rows as there are prompts)."""
+from .processors import SCORE_ONLY, WHOLE_BATCH, of_sequence
 
 
 @dataclass
@@ -97,12 +77,13 @@ class Rule:
         for row, history in enumerate(histories):
             present = nodes[row].tolist() if nodes is not None else list(range(shape.nodes))
             tokens = tree.tokens[row].tolist() if tree is not None else history[-1:]
-            one_by_one = any(isinstance(processor, WHOLE_BATCH) for processor in self.processors)
+            processors = of_sequence(self.processors, row)
+            one_by_one = any(isinstance(processor, WHOLE_BATCH) for processor in processors)
             together = [[i] for i in range(len(present))] if one_by_one else _by_depth(shape, present)
             for places in together:
                 prefixes = [[*history, *(tokens[at] for at in shape.path(present[i])[1:])] for i in places]
                 ids: Any = torch.tensor(prefixes, dtype=torch.int64, device=logits.device)
-                processed[row, places] = self.processors(ids, scores[row, places])
+                processed[row, places] = processors(ids, scores[row, places])
         return processed
 
     def pick(self, scores: torch.Tensor) -> torch.Tensor:

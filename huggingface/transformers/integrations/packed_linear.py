@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .tensor_version import version_of
+from .tensor_version import nothing, place_and_version
 
 PACK_LIMIT = 2**30
 """Bytes of weights above which nothing is packed: a copy of a large model could exhaust the memory."""
@@ -43,25 +43,33 @@ def outputs_first(layer: nn.Linear | Conv1D) -> torch.Tensor:
 
 
 class _Packed:
-    """Packed copies of the weights of some layers, side by side, and what they were made from."""
+    """Packed copies of the weights of some layers, side by side, and what they were made from.
+
+    A weight that is written to through its `.data` does not tell; what is written there is not seen.
+    """
 
     def __init__(self, layers: tuple[nn.Linear | Conv1D, ...]):
-        self.sources = [(layer.weight, version_of(layer.weight)) for layer in layers]
+        self.sources = [(layer.weight, place_and_version(layer.weight)) for layer in layers]
         weights = [outputs_first(layer) for layer in layers]
         weight = weights[0].contiguous() if len(layers) == 1 else torch.cat(weights)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.bias = layers[0].bias
         self.widths = [len(weight) for weight in weights]
 
     def holds(self, layers: tuple[nn.Linear | Conv1D, ...]) -> bool:
         """Returns whether no weight was replaced or written to since."""
         return all(
-            layer._parameters["weight"] is weight and version_of(weight) == version
-            for layer, (weight, version) in zip(layers, self.sources, strict=True)
+            layer._parameters["weight"] is weight and place_and_version(weight) == seen
+            for layer, (weight, seen) in zip(layers, self.sources, strict=True)
         )
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the layer packs its own weight; torch cannot copy a packed one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return nothing, ()
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, bias, "none", [], "")
 
 
 class PackedLinear(nn.Linear):
@@ -72,7 +80,7 @@ class PackedLinear(nn.Linear):
         weight: Any = self._parameters["weight"]
         if not _pays(weight, input):
             return F.linear(input, weight, self.bias)
-        return _packed(self, "_own", (self,)).multiply(input)
+        return _packed(self, "_own", (self,)).multiply(input, self.bias)
 
 
 class PackedConv1D(Conv1D):
@@ -81,7 +89,9 @@ class PackedConv1D(Conv1D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, out) from (batch, rows, in); plain where :class:`PackedLinear` would be."""
         weight: Any = self._parameters["weight"]
-        return _packed(self, "_own", (self,)).multiply(x) if _pays(weight, x) else super().forward(x)
+        if not _pays(weight, x):
+            return super().forward(x)
+        return _packed(self, "_own", (self,)).multiply(x, self.bias)
 
 
 PACKED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: PackedLinear, Conv1D: PackedConv1D}
@@ -125,7 +135,7 @@ def project_together(layers: tuple[nn.Linear, ...], rows: torch.Tensor) -> tuple
     if not together:
         return tuple(layer(rows) for layer in layers)
     packed = _packed(first, "_together", layers)
-    return packed.multiply(rows).split(packed.widths, dim=-1)
+    return packed.multiply(rows, None).split(packed.widths, dim=-1)
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..quantizers.packing import GROUP_SIZES, MIDDLE_INT4, WeightFormat, unpack
 from .quantized_linear import QuantizedLinear
-from .tensor_version import version_of
+from .tensor_version import nothing, place_and_version
 
 COPY_LIMIT = 2**30
 """Bytes of 4-bit weights above which nothing is copied: a large model's could exhaust the memory."""
@@ -54,7 +54,7 @@ class _Copy:
     """A layer's weight in torch's layout, and what it was made from."""
 
     def __init__(self, layer: QuantizedLinear, size: int):
-        self.sources = [(tensor, version_of(tensor)) for tensor in _stored(layer)]
+        self.sources = [(tensor, place_and_version(tensor)) for tensor in _stored(layer)]
         self.size, packed = size, layer.packed
         numbers = unpack(packed.weight)[:, : packed.inner].int()
         self.weight = torch._convert_weight_to_int4pack_for_cpu(numbers.contiguous(), 1)
@@ -67,9 +67,15 @@ class _Copy:
     def holds(self, layer: QuantizedLinear) -> bool:
         """Returns whether nothing stored was replaced or written to since."""
         return all(
-            now is then and version_of(now) == version
-            for now, (then, version) in zip(_stored(layer), self.sources, strict=True)
+            now is then and place_and_version(now) == seen
+            for now, (then, seen) in zip(_stored(layer), self.sources, strict=True)
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the layer makes its own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return nothing, ()
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = rows.reshape(-1, rows.shape[-1])

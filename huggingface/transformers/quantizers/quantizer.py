@@ -235,6 +235,14 @@ class PackedWeightsQuantizer(HfQuantizer):
         """Returns what upstream applies to each weight it reads."""
         return PackWeights(self)
 
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Returns what is saved, `None` for everything; upstream asks here instead of taking what it was given."""
+        if getattr(model.config, "base_model_name_or_path", None) is None:
+            return None, {}
+        return {name: one for name, one in model.state_dict().items() if name.startswith("streams.")}, {}
+
     def is_serializable(self, **kwargs: Any) -> bool:
         """Returns True: packed tensors are ordinary ones."""
         del kwargs

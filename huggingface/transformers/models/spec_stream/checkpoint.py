@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class StreamCheckpointMixin:
         base_config = translate_config(AutoConfig.from_pretrained(base_path), base_path)
         _check_same_base(config, base_config, families, directory, base_path)
         _quantize_as(config, base_config)
+        # A base may have streams of its own, of another shape; they are replaced.
+        kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(base_path, *args, output_loading_info=True, **kwargs)
         _check_main_keys(base_path, info)
         _load_streams(model, Path(directory))
@@ -63,8 +66,13 @@ class StreamCheckpointMixin:
     def save_pretrained(self, save_directory, *args: Any, state_dict: dict | None = None, **kwargs: Any):
         """Saves the model, or its streams alone where the configuration names a base model."""
         if self.config.base_model_name_or_path is not None and state_dict is None:
-            state_dict = {k: v for k, v in self.state_dict().items() if k.startswith(STREAM_PREFIX)}
+            state_dict = stream_weights(self)
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def stream_weights(model) -> dict[str, torch.Tensor]:
+    """Returns the weights of a model's streams by name."""
+    return {name: one for name, one in model.state_dict().items() if name.startswith(STREAM_PREFIX)}
 
 
 def _beside(directory: str | os.PathLike, base: str) -> str:
@@ -110,20 +118,24 @@ def _quantize_as(config, base_config) -> None:
 
 def _check_main_keys(base_path: str, info: dict[str, Any]) -> None:
     """Raises ValueError if the base model lacks main weights: upstream would have drawn them at random."""
-    missing, unexpected = (
-        sorted(key for key in info[kind] if not key.startswith(STREAM_PREFIX))
-        for kind in ("missing_keys", "unexpected_keys")
-    )
-    if missing or unexpected:
+    names = {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "of another shape": [name for name, *_ in info.get("mismatched_keys", ())],
+    }
+    wrong = {kind: sorted(k for k in keys if not k.startswith(STREAM_PREFIX)) for kind, keys in names.items()}
+    if any(wrong.values()):
+        found = ", ".join(f"{kind} {keys[:5]}" for kind, keys in wrong.items())
         raise ValueError(
-            f"the base model {base_path} does not hold the main weights that the streams were trained for: missing "
-            f"{missing[:5]}, unexpected {unexpected[:5]}; point base_model_name_or_path in config.json at the right one."
+            f"the base model {base_path} does not hold the main weights that the streams were trained for: {found}; "
+            "point base_model_name_or_path in config.json at the right one."
         )
 
 
-def _check_stream_keys(directory, info: dict[str, Any]) -> None:
+def _check_stream_keys(directory, info: dict[str, Any], prefix: str = STREAM_PREFIX) -> None:
+    """Raises ValueError for stream weights that are missing, and for unknown ones whose names start with `prefix`."""
     missing = sorted(key for key in info["missing_keys"] if key.startswith(STREAM_PREFIX))
-    unexpected = sorted(key for key in info["unexpected_keys"] if key.startswith(STREAM_PREFIX))
+    unexpected = sorted(key for key in info["unexpected_keys"] if key.startswith(prefix))
     if missing or unexpected:
         raise ValueError(
             f"the checkpoint {directory} does not hold the streams its config.json describes: missing {missing}, "
@@ -135,16 +147,23 @@ def _load_streams(model, directory: Path) -> None:
     """Loads stream weights into `model`, every one of them and nothing else."""
     from safetensors.torch import load_file
 
-    path = directory / "model.safetensors"
-    if not path.is_file():
+    index = directory / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    absent = sorted(name for name in names if not (directory / name).is_file())
+    if absent:
         raise ValueError(
-            f"{directory} has no model.safetensors with stream weights; copy the whole checkpoint."
+            f"{directory} has no {', '.join(absent)} with stream weights; copy the whole checkpoint."
         )
-    saved: dict[str, torch.Tensor] = load_file(path)
-    expected = {k: v for k, v in model.state_dict().items() if k.startswith(STREAM_PREFIX)}
+    saved: dict[str, torch.Tensor] = {}
+    for name in sorted(names):
+        saved |= load_file(directory / name)
+    expected = stream_weights(model)
     _check_stream_keys(
         directory,
         {"missing_keys": expected.keys() - saved.keys(), "unexpected_keys": saved.keys() - expected.keys()},
+        prefix="",  # the main weights are the base model's
     )
     shapes = {k: (tuple(saved[k].shape), tuple(v.shape)) for k, v in expected.items()}
     wrong = {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}

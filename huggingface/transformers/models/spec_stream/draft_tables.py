@@ -55,7 +55,7 @@ class DraftTables:
             ValueError: `vocabulary` is no rising list of the head's tokens.
         """
         weight = dense_weight(head, dtype)
-        _check(vocabulary, len(weight))
+        check_draft_vocab(vocabulary, len(weight), "restore model.safetensors, or train the streams again")
         return cls(
             vocabulary,
             weight[vocabulary],
@@ -85,10 +85,11 @@ def dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     return layer.packed.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight
 
 
-def _check(vocabulary: torch.Tensor, vocab: int) -> None:
+def check_draft_vocab(vocabulary: torch.Tensor, vocab: int, advice: str) -> None:
+    """Raises ValueError, with advice, unless `vocabulary` holds different ids of `vocab` tokens in rising order."""
     rising = bool((vocabulary[1:] > vocabulary[:-1]).all())
-    if not rising or int(vocabulary[0]) < 0 or int(vocabulary[-1]) >= vocab:
+    if not len(vocabulary) or not rising or int(vocabulary[0]) < 0 or int(vocabulary[-1]) >= vocab:
         raise ValueError(
-            f"streams.draft_vocab must list different token ids below {vocab} in rising order, and does not; restore "
-            "model.safetensors, or train the streams again with train_spec_stream.py."
+            f"a draft vocabulary (streams.draft_vocab) lists different token ids below {vocab} in rising order, this one does "
+            f"not; {advice}."
         )

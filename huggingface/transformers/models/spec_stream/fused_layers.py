@@ -23,6 +23,7 @@ from ...integrations.fused_norm import add_norm
 from ...integrations.packed_linear import outputs_first
 from ...integrations.quantized_linear import QuantizedLinear, QuantizedWeight, quantized_linear
 from ...integrations.skinny_linear import finish, linear, runs_here
+from ...integrations.tensor_version import nothing
 from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
 from .fusable import ACTIVATIONS
 from .model_state import state_of
@@ -131,10 +132,6 @@ def _layer(model: Any, index: int) -> _Layer:
     )
 
 
-def _nothing() -> None:
-    return None
-
-
 def fused_layers_of(model: Any) -> FusedLayers:
     """Returns the model's fused layers, the same for all who ask until its weights are moved, cast or replaced."""
     layers = model.__dict__.get("_fused_layers")
@@ -165,7 +162,7 @@ class FusedLayers:
         """A copy of the model lays its own weights out when it first needs to."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
+        return nothing, ()
 
     def run(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...integrations.tensor_version import version_of
+from ...integrations.tensor_version import nothing, version_of
 from .fusable import unfused_reason
 from .streams import Streams
 
@@ -64,7 +64,7 @@ class ModelState:
         """A copy of the model has a state of its own."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
+        return nothing, ()
 
 
 def state_of(model: Any) -> ModelState:
@@ -114,7 +114,3 @@ def _hooked(model: Any) -> str | None:
 
 def _owner(hook: Any) -> Any:
     return getattr(getattr(hook, "func", None), "__self__", None)
-
-
-def _nothing() -> None:
-    return None

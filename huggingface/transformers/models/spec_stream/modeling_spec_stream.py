@@ -19,11 +19,11 @@ from transformers.cache_utils import Cache
 from ...generation.graph_runner import release_runners
 from ...generation.utils import SpecGenerationMixin
 from ...integrations.sdpa_kernels import shape_agnostic_kernels
-from ...integrations.tensor_version import version_of
+from ...integrations.tensor_version import place_and_version
 from ...masking_utils import attention_mask_from, visible_between, visible_with_streams
 from .checkpoint import StreamCheckpointMixin
 from .configuration_spec_stream import StreamConfig
-from .draft_tables import DraftTables, dense_weight
+from .draft_tables import DraftTables, check_draft_vocab, dense_weight
 from .fusable import LayerNames
 from .streams import Streams, init_streams
 
@@ -290,14 +290,23 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
             tokens: int64 different tokens in any order, or `None` for the whole vocabulary.
 
         Raises:
-            ValueError: too few of them, or more than the model has.
+            ValueError: no list of different token ids, too few of them, or more than the model has; or a model without streams.
         """
+        if self.streams is None:
+            raise ValueError("a model without streams drafts nothing; there is no draft vocabulary to set.")
+        if tokens is not None:
+            tokens = torch.as_tensor(tokens)
+            if tokens.dtype not in (torch.int32, torch.int64) or tokens.dim() != 1:
+                raise ValueError("a draft vocabulary is a list of token ids: one-dimensional, int64.")
         size = 0 if tokens is None else len(tokens)
         shape = replace(self.streams.config, draft_vocab_size=size)
         shape.check(len(self.decoder_layers()), self.config.vocab_size)
+        if tokens is not None:
+            tokens = tokens.long().sort().values
+            check_draft_vocab(tokens, self.config.vocab_size, "choose other tokens")
         release_runners(self)
         self.config.draft_vocab_size, self.streams.config = size, shape
-        self.streams.draft_vocab = None if tokens is None else tokens.sort().values.to(self.device)
+        self.streams.draft_vocab = None if tokens is None else tokens.to(self.device)
 
     def early_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, vocab) next-token probabilities read below the stream layers, for pruning draft nodes."""
@@ -307,7 +316,7 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
 
 def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
     """Returns numbers that change when one of the tensors does."""
-    return tuple(key for tensor in tensors for key in (tensor.data_ptr(), version_of(tensor)))
+    return tuple(key for tensor in tensors for key in place_and_version(tensor))
 
 
 def _gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from huggingface.transformers.generation.draft_tree import TreeShape
@@ -53,9 +65,37 @@ def test_processors_of_a_whole_batch_take_one_prompt(more, make_model, make_stoc
     assert torch.equal(model.generate(PROMPT, plan=PLAN, **_options(**more)), want)
 
 
+def test_a_repetition_penalty_knows_each_sequences_padding(architecture, make_model, make_stock):
+    model = make_model(architecture)
+    # Some releases of upstream count padding as said; here it is a token of the prompt.
+    ids, mask = torch.tensor([[3, 1, 4, 1, 5], [9, 9, 9, 9, 2]]), torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    got = model.generate(ids, plan=PLAN, **_options(attention_mask=mask, repetition_penalty=1.7))
+    for row, prompt in enumerate((ids[:1], ids[1:, 3:])):
+        alone = _options(attention_mask=torch.ones_like(prompt), repetition_penalty=1.7)
+        want = make_stock(model).generate(prompt, **alone)[0, prompt.shape[1] :]
+        assert torch.equal(got[row, 5 : 5 + len(want)], want)
+
+
+def test_constraints_are_asked_for_the_sequence(make_model, make_stock):
+    """Not for the node of the tree, nor for the place in a step."""
+    model = make_model("gpt_neo")
+    allowed = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    options = _options(attention_mask=None, prefix_allowed_tokens_fn=lambda row, tokens: allowed[row])
+    got = model.generate(PROMPT.repeat(2, 1), plan=PLAN, **options)
+    want = make_stock(model).generate(PROMPT.repeat(2, 1), **options)
+    assert torch.equal(got, want)
+    assert set(got[1, 5:].tolist()) <= set(allowed[1])
+
+
+WATERMARK = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+
+
+@pytest.mark.parametrize(
+    "more", [{"guidance_scale": 1.5}, {"watermarking_config": WATERMARK}], ids=["guidance", "mark"]
+)
 @pytest.mark.parametrize("batch, how", [(1, {"plan": PLAN}), (2, {"drafts": "none"})])
-def test_guidance_takes_one_sequence_and_no_drafts(batch, how, make_model):
-    options = _options(attention_mask=None, guidance_scale=1.5, **how)
+def test_what_remembers_takes_one_sequence_and_no_drafts(batch, how, more, make_model):
+    options = _options(attention_mask=None, **more, **how)
     with pytest.raises(ValueError, match="drafts='none'"):
         make_model("gpt_neo").generate(PROMPT.repeat(batch, 1), **options)
 
@@ -66,6 +106,56 @@ def test_processors_hold_with_pruned_trees(make_model, make_stock):
     want = make_stock(model).generate(PROMPT, **_options(**more))
     plan = DraftPlan(PLAN.shape, keep=4)
     assert torch.equal(model.generate(PROMPT, plan=plan, **_options(**more)), want)
+
+
+@pytest.mark.parametrize(
+    "own", [[MaxLengthCriteria(9)], [EosTokenCriteria([2, 5])], [MaxLengthCriteria(25), EosTokenCriteria(12)]]
+)
+def test_own_criteria_take_the_place_of_the_configurations(architecture, own, make_model, make_stock):
+    model = make_model(architecture)
+    options = _options(stopping_criteria=StoppingCriteriaList(own), eos_token_id=[1, 3])
+    want = make_stock(model).generate(PROMPT, **options)
+    assert torch.equal(model.generate(PROMPT, plan=PLAN, **options), want)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"position_ids": torch.arange(5)[None] + 7},
+        {"token_type_ids": torch.zeros(1, 5, dtype=torch.int64)},
+        {"inputs_embeds": torch.zeros(1, 5, 16)},
+        {"custom_generate": lambda *args: None},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_the_loop_does_not_read_is_refused(given, make_model):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        make_model("gpt_neo").generate(PROMPT, **_options(**given))
+
+
+def _letters() -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of 13 letters."""
+    vocab = {letter: place for place, letter in enumerate("abcdefghijklm")}
+    letters = Tokenizer(BPE(vocab, merges=[]))
+    letters.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=letters)
+
+
+@pytest.mark.parametrize("where", ["call", "config"])
+def test_stop_strings_find_the_tokenizer(where, make_model, make_stock):
+    model, tokenizer = make_model("gpt_neo"), _letters()
+    whole = make_stock(model).generate(PROMPT, **_options())
+    stop = [tokenizer.convert_ids_to_tokens(int(whole[0, 9]))]
+    given = {"attention_mask": torch.ones_like(PROMPT), "tokenizer": tokenizer}
+    if where == "call":
+        given |= _options(stop_strings=stop)
+    else:
+        given["generation_config"] = GenerationConfig(max_new_tokens=14, pad_token_id=0, stop_strings=stop)
+    want = make_stock(model).generate(PROMPT, **given)
+    assert want.shape[1] < whole.shape[1]
+    assert torch.equal(model.generate(PROMPT, plan=PLAN, **given), want)
 
 
 class _StopAtLength(StoppingCriteria):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +69,29 @@ def test_a_changed_weight_is_packed_anew(kind):
         layer(x)
         layer.weight.mul_(2.0)
         torch.testing.assert_close(layer(x), packed_linear_reference(x, outputs_first(layer), layer.bias))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_new_data_and_a_new_bias_are_seen(kind):
+    layer = kind(8, 8)
+    pack_linears(nn.Sequential(layer))
+    x = torch.randn(1, 4, 8)
+    with torch.no_grad():
+        layer(x)
+        layer.weight.data = layer.weight.data * 3.0
+        layer.bias = nn.Parameter(torch.randn(8))
+        torch.testing.assert_close(layer(x), packed_linear_reference(x, outputs_first(layer), layer.bias))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_layer_that_has_run_is_copied_and_pickled(kind):
+    layer = kind(8, 8)
+    pack_linears(nn.Sequential(layer))
+    x = torch.randn(1, 4, 8)
+    with torch.no_grad():
+        want = layer(x)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - our own bytes
+            assert torch.equal(twin(x), want)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from huggingface.transformers.generation.draft_settings import saved_settings, update_settings
 from huggingface.transformers.models.spec_stream import load_streaming, stream_config_from
+from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from tests.architectures import a_projection
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -122,6 +124,51 @@ def test_broken_adapter(adapter, fault):
         path.unlink()
         name = "model.safetensors"
     with pytest.raises(ValueError, match=name):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_streams_in_shards_are_read(adapter, tmp_path):
+    model, directory = adapter
+    saved = AutoModelForCausalLM.from_pretrained(directory)
+    saved.save_pretrained(directory, max_shard_size="1KB")
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(directory)), _logits(model))
+
+
+def test_streams_of_a_packed_model_are_saved_alone(architecture, make_model, make_stock, tmp_path):
+    """And stand on the base as it is, packed or not."""
+    model = make_model(architecture, dtype=torch.float32, hidden_size=48)
+    make_stock(model).save_pretrained(tmp_path / "base")
+    model = copy.deepcopy(model)
+    model.config.base_model_name_or_path = "../base"
+    model.save_pretrained(tmp_path / "streams")
+    packed = load_streaming(str(tmp_path / "streams"), quantization_config=PackedWeightsConfig(8))
+    packed.save_pretrained(tmp_path / "again")
+    assert all(name.startswith("streams.") for name in load_file(tmp_path / "again" / "model.safetensors"))
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), _logits(model))
+
+
+def test_a_base_may_have_streams_of_its_own(architecture, make_model, tmp_path):
+    base = make_model(architecture, dtype=torch.float32, seed=3)
+    base.save_pretrained(tmp_path / "base")
+    model = copy.deepcopy(make_model(architecture, dtype=torch.float32, seed=3, streams=2, stream_layers=1))
+    model.config.base_model_name_or_path = "../base"
+    model.save_pretrained(tmp_path / "streams")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "streams")
+    assert again.streams.config.streams == 2
+    assert torch.equal(again.streams.embedding.weight, model.streams.embedding.weight)
+    head = base.get_output_embeddings().weight
+    assert torch.equal(again.get_output_embeddings().weight, head)
+
+
+def test_main_weights_beside_the_streams_are_refused(adapter):
+    """The main weights are the base model's; whoever finds others would not know which to believe."""
+    model, directory = adapter
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    name = a_projection(model.state_dict(), "k_proj.weight")
+    save_file({**weights, name: model.state_dict()[name].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(name)):
         AutoModelForCausalLM.from_pretrained(directory)
 
 

@@ -147,7 +147,29 @@ def test_impossible_sizes_are_refused(make_model):
         model.set_draft_vocab(torch.arange(3))
     with pytest.raises(ValueError, match="exceeds the model's 40 tokens"):
         model.set_draft_vocab(torch.arange(41))
+    for wrong, said in (
+        ([*range(1, 20), 1], "different token ids below 40"),
+        ([-1, *range(1, 20)], "different token ids below 40"),
+        ([*range(20, 41)], "different token ids below 40"),
+        (torch.arange(20.0), "one-dimensional, int64"),
+        (torch.arange(20)[None], "one-dimensional, int64"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.set_draft_vocab(wrong)
+    with pytest.raises(ValueError, match="without streams"):
+        copy.deepcopy(make_model("gpt_neo", streams=0, stream_layers=0)).set_draft_vocab(torch.arange(20))
     assert model.draft_tables().head is None
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_inference_mode_may_come_and_go(model, captured, monkeypatch):
+    if captured:
+        use_host_runner(monkeypatch)
+    plan = GROWN if captured else DraftPlan(TREE)
+    want = _generate(model, drafts="none", capture=False)
+    with torch.inference_mode():
+        assert torch.equal(_generate(model, plan=plan), want)
+    assert torch.equal(_generate(model, plan=plan), want)
 
 
 def test_random_weights_have_a_list(architecture, make_model):
