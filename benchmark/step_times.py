@@ -137,7 +137,10 @@ def _grown(nodes: int) -> DraftPlan:
 
 
 def measure_plan(model: Any, plan: DraftPlan) -> dict[str, Any]:
-    """Returns seconds of a step, of its phases and of the prompt pass, and the share of a step that waits for the host."""
+    """Returns seconds of a step, of its phases and of the prompt pass, and the share of a step that waits for the host.
+
+    The timed sequences count as finished, so that every replay is the same step: none of them moves accepted rows of the cache.
+    """
     rule = Rule(LogitsProcessorList())
     runner = runner_for(model, geometry_of(model, 1, PROMPT, NEW_TOKENS, plan, rule, False), rule)
     buffers = runner.step_buffers
@@ -145,7 +148,6 @@ def measure_plan(model: Any, plan: DraftPlan) -> dict[str, Any]:
     lengths = torch.tensor([PROMPT], device=model.device)
     runner.prefill(prompts, lengths)
     prefill_s = timed(runner.replay_prefill(PROMPT))
-    # A finished sequence does not grow, so every replay is the same step.
     buffers.state.lengths.fill_(CONTEXT)
     buffers.state.finished.fill_(True)
     step_s = timed(runner.replay_step())

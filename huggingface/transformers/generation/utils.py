@@ -64,6 +64,8 @@ class SpecGenerationMixin:
     ) -> torch.Tensor | SpecGenerateOutput:
         """Returns what upstream's `generate` returns, sooner; with `return_dict_in_generate=True`, statistics as well.
 
+        A model decodes one call at a time: captured steps and packed weights belong to it, not to the call.
+
         Args:
             inputs: (batch, seq) int64 prompts, or `input_ids=`; padding (either side) told by `attention_mask`.
             drafts, draft_nodes, plan, record_phases, acceptance_ratio, known_tokens, capture, prepare_only: see

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import output_capturing
 
 from ...integrations.tensor_version import nothing, version_of
 from .fusable import unfused_reason
@@ -98,7 +99,7 @@ def _scattered(tensors: Sequence[torch.Tensor]) -> str | None:
 
 
 def _hooked(model: Any) -> str | None:
-    """Returns which hook a captured step would not call; those of the streams add what the fused layers add themselves."""
+    """Returns which hook a captured step would not call."""
     parts = [
         model.get_input_embeddings(),
         *model.decoder_layers(),
@@ -107,10 +108,16 @@ def _hooked(model: Any) -> str | None:
     ]
     for module in (below for part in parts for below in _below(part)):
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "_hf_hook" in module.__dict__ or not all(isinstance(_owner(hook), Streams) for hook in hooks):
+        if "_hf_hook" in module.__dict__ or not all(map(_is_idle, hooks)):
             return f"a captured step would not call the hook on a {type(module).__name__}"
     return None
 
 
-def _owner(hook: Any) -> Any:
-    return getattr(getattr(hook, "func", None), "__self__", None)
+def _is_idle(hook: Any) -> bool:
+    """Returns whether a hook does nothing in our steps.
+
+    Those of the streams add what the fused layers add themselves; upstream's, left behind where a forward pass was asked for
+    hidden states, wait for the next such pass.
+    """
+    owner = getattr(getattr(hook, "func", None), "__self__", None)
+    return isinstance(owner, Streams) or getattr(hook, "__module__", None) == output_capturing.__name__

@@ -110,6 +110,12 @@ def test_hooks_are_a_reason_but_the_streams_own(model, kind):
     assert state_of(model).reason is None
 
 
+def test_what_upstream_leaves_behind_is_none(model):
+    """A forward pass that is asked for hidden states puts hooks on the layers, which stay."""
+    model(IDS, output_hidden_states=True)
+    assert state_of(model).reason is None
+
+
 def test_a_hook_that_moves_weights_is_a_reason(model):
     """As accelerate leaves them on modules that it wraps."""
     model.get_output_embeddings()._hf_hook = object()
