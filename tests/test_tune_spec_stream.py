@@ -184,6 +184,32 @@ def test_checkpoint_that_cannot_keep_the_choice_is_refused(checkpoint, capsys):
     assert "add --no-save" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rank_accuracy": "x"},
+            "spec_stream.rank_accuracy must be a list of numbers for each stream, got 'x'",
+        ),
+        ({"rank_accuracy": [0.9, 0.1]}, "spec_stream.rank_accuracy must be a list of numbers"),
+        (
+            {"rank_accuracy": ACCURACY, "draft_nodes": "x"},
+            "spec_stream.draft_nodes must be an object, got 'x'",
+        ),
+        ("x", "spec_stream must be an object, got 'x'"),
+    ],
+)
+def test_damaged_settings_are_one_line(checkpoint, costs, settings, message, capsys):
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"spec_stream": settings}))
+    before = path.read_text()
+    assert tune(checkpoint, "--sizes", "2") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert path.read_text() == before
+
+
 def test_damaged_weights_end_with_one(checkpoint, capsys):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
