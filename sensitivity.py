@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmark.config import DTYPES, SHIPPED_CHECKPOINT
 from benchmark.errors import (
@@ -27,6 +27,7 @@ from benchmark.errors import (
     RunError,
     UsageError,
 )
+from benchmark.flags import Parser
 from datasets_code import MissingDataError
 from precision.units import BY, MODULE
 
@@ -56,13 +57,6 @@ class Request:
     resume: bool
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one call and returns its exit code."""
     try:
@@ -81,7 +75,7 @@ def parse(argv: Sequence[str]) -> Request:
     Raises:
         UsageError: an unknown flag, or a value out of range.
     """
-    given = vars(_parser().parse_args([_normal(word) for word in argv]))
+    given = _parser().values([_normal(word) for word in argv])
     given["tokens"] = _whole_number("tokens", given["tokens"], 1)
     given["window"] = None if given["window"] == "auto" else _whole_number("window", given["window"], 2)
     given["group_size"] = _group_size(given["bits"], given["group_size"])
@@ -182,6 +176,7 @@ def _budget(text: str) -> float:
 def run(request: Request) -> int:
     """Studies, writes and prints as asked; returns the exit code."""
     from benchmark.figures import FiguresUnavailable
+    from benchmark.run_directory import output_folder
     from huggingface.transformers.quantizers.packing import WeightFormat
     from precision.figures import draw
     from precision.files import StudyFiles
@@ -200,7 +195,8 @@ def run(request: Request) -> int:
         device=request.device,
         budget=request.budget,
     )
-    findings = study(options, StudyFiles(request.output_dir, request.resume), ROOT)
+    with output_folder(request.output_dir):
+        findings = study(options, StudyFiles(request.output_dir, request.resume), ROOT)
     code = EXIT_DONE
     try:
         draw(findings, request.output_dir / "figures")

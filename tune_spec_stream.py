@@ -14,12 +14,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from benchmark import checkpoint as checkpoints
 from benchmark.config import DTYPES, SHIPPED_CHECKPOINT
 from benchmark.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunError, UsageError
 from benchmark.files import read_json, write_json
+from benchmark.flags import Parser
 from benchmark.hub_checkpoint import fetch
 from models import fold
 
@@ -43,13 +44,6 @@ class Request:
     context: int
     sizes: tuple[int, ...] | None
     save: bool
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +94,7 @@ def parse(argv: Sequence[str]) -> Request:
         default=True,
         help=f"write the choice to the checkpoint's {CONFIG_FILE} [on]",
     )
-    given = vars(parser.parse_args([_normal(word) for word in argv]))
+    given = parser.values([_normal(word) for word in argv])
     given["context"] = _whole_number("context", given["context"])
     for name in ("batch_size", "sizes"):
         if given[name] is not None:

@@ -1,6 +1,7 @@
 """Every option of a benchmark run, written once: the flags, their help and the saved `config.json` come from here."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -200,9 +201,7 @@ class RunConfig:
             _at_least("perplexity_stride", int(stride), 1)
 
     def _check_places(self) -> None:
-        kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-            _refuse("device", self.device, "auto, cpu, cuda or cuda:N")
+        check_device(self.device)
         if self.run_name is not None and (
             not self.run_name or self.run_name in (".", "..") or Path(self.run_name).name != self.run_name
             or not self.run_name.isprintable()
@@ -218,6 +217,12 @@ class RunConfig:
         values = asdict(self)
         values |= values.pop("technique_options")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def check_device(name: str) -> None:
+    """Raises UsageError for a device's name that is none; whether the device is there is not asked."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        _refuse("device", name, "auto, cpu, cuda or cuda:N")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

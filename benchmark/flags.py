@@ -20,7 +20,14 @@ IN_WORDS = {"N": "a whole number", "X": "a number", "N[,N...]": "whole numbers w
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are UsageErrors."""
+    """An argument parser whose mistakes are UsageErrors; for an unknown flag the nearest known one is named."""
+
+    def values(self, words: Sequence[str]) -> dict[str, Any]:
+        """Returns each flag's value by name."""
+        given, unknown = self.parse_known_args(words)
+        if unknown:
+            raise UsageError(_unknown("argument", unknown[0], list(self._option_string_actions)))
+        return vars(given)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -32,11 +39,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     Raises:
         UsageError: unknown flag or YAML key (the nearest is named), unreadable file, wrong value.
     """
-    parser = _parser()
-    given, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
-    if unknown:
-        raise UsageError(_unknown("argument", unknown[0], [f"--{name}" for name in (*_names(), "config")]))
-    flags = vars(given)
+    flags = _parser().values([_with_underscores(word) for word in argv])
     file = flags.pop("config", None)
     values = _read_yaml(Path(file)) if file else {}
     known = _known()
@@ -166,12 +169,6 @@ def _from_yaml(path: Path, key: str, value: Any, by_name: "dict[str, Field[Any]]
 def _unknown(kind: str, word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.5)
     return f"unknown {kind} '{word}'" + (f": did you mean '{near[0]}'?" if near else "; see --help.")
-
-
-def _names() -> list[str]:
-    known = _known().values()
-    names = [name for item in known for name in (item.name, item.metadata.get("alias")) if name]
-    return names + [f"no-{item.name}" for item in known if item.type is bool]
 
 
 def command_line(config: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmark.config import check_device
 from benchmark.errors import UsageError
 
 
@@ -15,8 +16,9 @@ def describe(device: str) -> dict[str, Any]:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: the name is another, or there is no such device.
     """
+    check_device(device)
     import torch
 
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

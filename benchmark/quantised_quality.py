@@ -20,6 +20,7 @@ from benchmark.config import DTYPES, SHIPPED_CHECKPOINT
 from benchmark.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunError, UsageError
 from benchmark.files import write_atomically, write_json
 from benchmark.flags import Parser
+from benchmark.run_directory import output_folder
 from datasets_code import MissingDataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,10 +35,10 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs one call and returns its exit code."""
     try:
         flags = parse(sys.argv[1:] if words is None else words)
-        result = measure(flags)
-        flags.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(flags.output_dir / "quality.json", result)
-        write_atomically(flags.output_dir / "quality.md", report(result))
+        with output_folder(flags.output_dir):
+            result = measure(flags)
+            write_json(flags.output_dir / "quality.json", result)
+            write_atomically(flags.output_dir / "quality.md", report(result))
     except (UsageError, MissingDataError) as error:
         return _fail(error, EXIT_USAGE)
     except (RunError, ValueError, OSError, MemoryError) as error:
@@ -80,7 +81,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--dtype", default="auto", choices=DTYPES, help="auto: float32 on CPU, bfloat16 on CUDA")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--output_dir", type=Path, required=True, help="folder for quality.json and quality.md")
-    return parser.parse_args(words)
+    return argparse.Namespace(**parser.values(words))
 
 
 def _count(text: str) -> int:

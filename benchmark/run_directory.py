@@ -2,7 +2,9 @@
 
 import errno
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from hashlib import sha256
@@ -105,6 +107,31 @@ def make(config: RunConfig, name: str) -> RunDirectory:
         RunError: the place cannot be written.
     """
     path = Path(config.output_dir) / name
+    _make_folder(path)
+    return RunDirectory(path)
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """Makes a program's folder, and checks that files can be written in it, before it measures; left empty, it goes again.
+
+    Raises:
+        UsageError: it cannot be made, or not be written.
+    """
+    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        try:
+            _make_folder(path)
+        except RunError as error:
+            raise UsageError(str(error)) from None
+        yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / ".probe", "x" * 4096)
@@ -115,7 +142,6 @@ def make(config: RunConfig, name: str) -> RunDirectory:
         ) from None
     except OSError as error:
         raise RunError(describe_os_error(error, path)) from None
-    return RunDirectory(path)
 
 
 def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> dict[str, Any] | None:

@@ -26,11 +26,11 @@ run() {
     if [ -n "${DRY:-}" ]; then echo "$*"; else "$@"; fi
 }
 
-# Trains into the folder that its first argument names, unless a trained model is there.
+# Trains into the folder that its first argument names, unless a trained model is there: README.md is written last.
 train() {
     local folder=$out/$1
     shift
-    if [ -f "$folder/generation_config.json" ]; then
+    if [ -f "$folder/README.md" ]; then
         echo "$folder: trained already" >&2
         return
     fi
@@ -87,9 +87,11 @@ tables_1.3b() {
 }
 
 all=(steps products shapes train_125m tables_125m train_1.3b tables_1.3b)
-for step in "${@:-${all[@]}}"; do
+[ $# -gt 0 ] || set -- "${all[@]}"
+for step in "$@"; do
     case " ${all[*]} " in
-        *" $step "*) "$step" ;;
-        *) echo "error: unknown step $step; choose from ${all[*]}." >&2; exit 2 ;;
+        *" $step "*) ;;
+        *) echo "error: unknown step '$step'; choose from ${all[*]}." >&2; exit 2 ;;
     esac
 done
+for step in "$@"; do "$step"; done

@@ -101,7 +101,13 @@ def _references(data_dir: Path | None, split: str) -> Text:
 
 
 def cut(
-    text: Text, encode: Encode, continue_: Continue, tokens: int, window: int, positions: int
+    text: Text,
+    encode: Encode,
+    continue_: Continue,
+    tokens: int,
+    window: int,
+    positions: int,
+    remedy: str = "give a longer --text",
 ) -> tuple[list[Sample], list[Sample]]:
     """Returns the samples that judge units, and those that judge plans.
 
@@ -112,6 +118,7 @@ def cut(
         tokens: how many each half holds; the half ends with the sample that reaches them, or where the text does.
         window: ids of a sample of a running text; its first one is not judged.
         positions: most ids of a sample.
+        remedy: what helps where a running text is too short.
 
     Raises:
         ValueError: the text does not give each half a sample.
@@ -126,7 +133,7 @@ def cut(
         if len(samples) < 2:
             raise ValueError(
                 f"the calibration text has {len(ids)} tokens, expected two windows of {window} or more: one half judges the "
-                "layers, the other the plans; give a longer --text or a smaller --window."
+                f"layers, the other the plans; {remedy}."
             )
     halves = _up_to(samples[::2], tokens), _up_to(samples[1::2], tokens)
     if not all(halves):

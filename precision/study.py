@@ -172,7 +172,8 @@ def _subject(options: Options, recipe: Recipe, folder: Path, device: str, text: 
     check_weights(modules)
     ways = partial(encode, tokenizer), partial(encode_continuation, tokenizer)
     with quiet():  # upstream warns of texts beyond the positions, and this one is cut afterwards
-        study_samples, judge_samples = cut(text, *ways, options.tokens, window, positions)
+        remedy = "give a longer --text or a smaller --window"
+        study_samples, judge_samples = cut(text, *ways, options.tokens, window, positions, remedy)
     return Subject(model, modules, study_samples, judge_samples, str(recipe.dtype))
 
 

@@ -51,12 +51,15 @@ def test_a_step_alone_and_a_model_that_is_there(tmp_path):
     assert len(commands(tmp_path, "train_125m")) == 2
     (tmp_path / "out" / "base_125m").mkdir(parents=True)
     (tmp_path / "out" / "base_125m" / "generation_config.json").write_text("{}")
+    assert len(commands(tmp_path, "train_125m")) == 2  # cut before its weights were written
+    (tmp_path / "out" / "base_125m" / "README.md").write_text("")
     (left,) = commands(tmp_path, "train_125m")
     assert str(tmp_path / "out" / "gpt_neo_125m") in left
 
 
 def test_mistakes_are_told(tmp_path):
-    told = script(str(tmp_path), str(tmp_path), "train_9b", DRY="1")
-    assert (told.returncode, "train_125m" in told.stderr) == (2, True)
+    told = script(str(tmp_path), str(tmp_path), "steps", "train_9b", DRY="1")
+    assert (told.returncode, told.stdout) == (2, "")  # names are checked before the first step
+    assert "unknown step 'train_9b'; choose from steps products" in told.stderr
     told = script(str(tmp_path))
     assert (told.returncode, "DATA OUT [STEP ...]" in told.stderr) == (2, True)

@@ -192,7 +192,8 @@ def test_without_matplotlib_there_are_tables(call, tmp_path, monkeypatch, capsys
         ({"budget": "nan"}, "--budget got 'nan'"),
         ({"by": "head"}, "--by: invalid choice"),
         ({"dtype": "int3"}, "--dtype: invalid choice"),
-        ({"colour": "red"}, "unrecognized arguments: --colour red"),
+        ({"token": 9}, "unknown argument '--token': did you mean '--tokens'?"),
+        ({"device": "cuda:x"}, "--device got cuda:x, expected auto, cpu, cuda or cuda:N"),
         ({"model_name_or_path": "./nowhere"}, "no such directory"),
         ({"text": "wikitext2", "data_dir": "nowhere"}, "--data_dir nowhere is not a folder"),
     ],
@@ -203,6 +204,16 @@ def test_wrong_arguments_are_one_line(call, tmp_path, flags, message, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_is_told_before_anything_is_measured(
+    call, tmp_path, measured, capsys
+):
+    assert call(output_dir=tmp_path / "text.txt") == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'text.txt'} cannot be a folder, a file is in the way; choose another" in error
+    assert error.count("\n") == 1
+    assert not measured
 
 
 @pytest.mark.parametrize(
@@ -222,7 +233,9 @@ def test_weights_that_cannot_be_measured_write_nothing(call, checkpoint, tmp_pat
 def test_too_little_text_writes_nothing(call, tmp_path, text, capsys):
     (tmp_path / "text.txt").write_text(text)
     assert call() == 1
-    assert "calibration text" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "calibration text" in error
+    assert not text or "give a longer --text or a smaller --window." in error
     assert not (tmp_path / "out").exists()
 
 

@@ -160,7 +160,8 @@ def test_real_steps(checkpoint, capsys):
         (["--batch_size", "1,,2"], "--batch_size got ''"),
         (["--context", "many"], "--context got 'many'"),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
-        (["--nodes", "3"], "unrecognized arguments: --nodes 3"),
+        (["--size", "3"], "unknown argument '--size': did you mean '--sizes'?"),
+        (["--device", "foo"], "--device got foo, expected auto, cpu, cuda or cuda:N"),
         (["--model_name_or_path", "./nowhere"], "no such directory"),
         (["--model_name_or_path", "owner/name"], "is a hub id: give a local copy, or add --no-save"),
     ],
@@ -181,6 +182,32 @@ def test_checkpoint_that_cannot_keep_the_choice_is_refused(checkpoint, capsys):
     (checkpoint / "generation_config.json").unlink()
     assert tune(checkpoint) == 2
     assert "add --no-save" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rank_accuracy": "x"},
+            "spec_stream.rank_accuracy must be a list of numbers for each stream, got 'x'",
+        ),
+        ({"rank_accuracy": [0.9, 0.1]}, "spec_stream.rank_accuracy must be a list of numbers"),
+        (
+            {"rank_accuracy": ACCURACY, "draft_nodes": "x"},
+            "spec_stream.draft_nodes must be an object, got 'x'",
+        ),
+        ("x", "spec_stream must be an object, got 'x'"),
+    ],
+)
+def test_damaged_settings_are_one_line(checkpoint, costs, settings, message, capsys):
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"spec_stream": settings}))
+    before = path.read_text()
+    assert tune(checkpoint, "--sizes", "2") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert path.read_text() == before
 
 
 def test_damaged_weights_end_with_one(checkpoint, capsys):

@@ -45,15 +45,29 @@ def last_complete(output_dir: Path) -> Path | None:
 
 
 def check_output_dir(output_dir: Path, resumes: bool) -> None:
-    """Makes the run's folder; raises ValueError where an earlier run left checkpoints, OSError where nothing can be written."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(output_dir, os.W_OK):
-        raise PermissionError(f"--output_dir {output_dir} is not writable; choose another folder.")
+    """Makes the run's folder; raises ValueError where an earlier run left checkpoints, and as :func:`make_output_dir`."""
+    make_output_dir(output_dir)
     if checkpoints_of(output_dir) and not resumes:
         raise ValueError(
             f"--output_dir {output_dir} holds checkpoints of an earlier run; go on with --resume_from_checkpoint latest, or "
             "choose another folder."
         )
+
+
+def make_output_dir(output_dir: Path) -> None:
+    """Makes a folder; raises ValueError where a file is in the way, OSError where nothing can be written."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"--output_dir {output_dir} cannot be a folder, a file is in the way; choose another folder."
+        ) from None
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {output_dir} cannot be made ({error.strerror}); choose another folder."
+        ) from None
+    if not os.access(output_dir, os.W_OK):
+        raise PermissionError(f"--output_dir {output_dir} is not writable; choose another folder.")
 
 
 def choose_checkpoint(wanted: str, output_dir: Path) -> Path:

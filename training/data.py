@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets_code import DATASETS, DataError, Dataset, Example, LoadedSet, MissingDataError, get_dataset
+from datasets_code.base import SkippedRow
 
 TRAINABLE = tuple(name for name in DATASETS if name not in ("synthetic", "jsonl"))
 HELD_OUT_FROM_TRAIN = {"spider": "db_id"}
@@ -115,25 +116,50 @@ def load_text(
 def load_named_set(name: str, data_dir: Path | None, limit: int | None, seed: int) -> TextSet:
     """Returns one named set's pairs; see :func:`load_text`."""
     dataset = get_dataset(name)
-    train = dataset.load("train", data_dir, seed=seed)
+    train = without_broken(dataset, dataset.load("train", data_dir, seed=seed))
     if name in HELD_OUT_FROM_TRAIN:
         key = HELD_OUT_FROM_TRAIN[name]
         return text_set(
             dataset, name, train, None, [item.context[key] for item in train.examples], limit, seed
         )
-    validation = dataset.load("validation", data_dir, limit=HELD_OUT_EXAMPLES, seed=seed)
+    validation = without_broken(
+        dataset, dataset.load("validation", data_dir, limit=HELD_OUT_EXAMPLES, seed=seed)
+    )
     return text_set(dataset, name, train, validation, [], limit, seed)
 
 
 def load_own_set(train_file: Path, validation_file: Path | None, limit: int | None, seed: int) -> TextSet:
     """Returns the pairs of the user's own files; see :func:`load_text`."""
     dataset = get_dataset("jsonl")
-    train = dataset.load("train", train_file, seed=seed)
+    train = without_broken(dataset, dataset.load("train", train_file, seed=seed))
     if validation_file is None:
         groups = [item.prompt.text for item in train.examples]
         return text_set(dataset, OWN_SET, train, None, groups, limit, seed)
-    validation = dataset.load("validation", validation_file, limit=HELD_OUT_EXAMPLES, seed=seed)
+    validation = without_broken(
+        dataset, dataset.load("validation", validation_file, limit=HELD_OUT_EXAMPLES, seed=seed)
+    )
     return text_set(dataset, OWN_SET, train, validation, [], limit, seed)
+
+
+def without_broken(dataset: Dataset, loaded: LoadedSet) -> LoadedSet:
+    """Returns a split without the examples that hold half a surrogate pair, which no tokenizer takes: they count as skipped.
+
+    Raises:
+        DataError: if no example is left.
+    """
+    kept: list[Example] = []
+    skipped = list(loaded.skipped)
+    for index, example in enumerate(loaded.examples):
+        try:
+            (example.prompt.text + dataset.completion(example)).encode()
+            kept.append(example)
+        except UnicodeEncodeError:
+            skipped.append(SkippedRow(index, "the text holds half of a surrogate pair"))
+    if not kept:
+        raise DataError(
+            f"{dataset.name} ({loaded.source}): every row holds half of a surrogate pair, such as \\ud800; check the files."
+        )
+    return replace(loaded, examples=kept, skipped=skipped)
 
 
 def text_set(

@@ -11,9 +11,22 @@ import numpy.typing as npt
 import torch
 
 from huggingface.transformers.models.spec_stream import StreamConfig
+from training.arguments import TrainingFlags
+from training.models import planned_fields
 from training.tokens import TokenSet
 
 logger = logging.getLogger(__name__)
+
+
+def wanted_draft_vocab(flags: TrainingFlags, model: Any) -> int | None:
+    """Returns how many tokens the run's streams may draft; 0: all of them, `None`: those that the model's streams may already.
+
+    Streams that replace a checkpoint's get as many as those had.
+    """
+    if flags.draft_vocab_size is not None:
+        return flags.draft_vocab_size
+    size = planned_fields(flags)["draft_vocab_size"]
+    return None if size == model.config.draft_vocab_size else size
 
 
 def check_draft_vocab(model: Any, size: int | None) -> None:

@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.arguments import DEFAULT_VOCAB_SIZE, TrainingFlags
+from training.arguments import DEFAULT_VOCAB_SIZE, LEAST_DRAFT_VOCAB, TrainingFlags
 from training.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_FIELDS = {"streams": 4, "stream_layers": 4, "lora_rank": 0, "transition_rank": 64, "pruning_rank": 0}
+DEFAULT_FIELDS = {
+    "streams": 4,
+    "stream_layers": 4,
+    "lora_rank": 0,
+    "transition_rank": 64,
+    "pruning_rank": 0,
+    "draft_vocab_size": 0,
+}
 STREAM_FIELDS = tuple(DEFAULT_FIELDS)
 ADAPTER_LORA_RANK = 32
 
@@ -55,6 +62,11 @@ def read_model_file(path: Path) -> ModelFile:
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f'--model_config {path}: needs \'model_type\', such as "gpt_neo" or "llama".')
     stream_fields = {name: values.pop(name) for name in STREAM_FIELDS if name in values}
+    size = stream_fields.get("draft_vocab_size", 0)
+    if not isinstance(size, int) or (size and size < LEAST_DRAFT_VOCAB):
+        raise ValueError(
+            f"--model_config {path}: draft_vocab_size must be 0 or {LEAST_DRAFT_VOCAB} or more, got {size!r}."
+        )
     return ModelFile(values, stream_fields)
 
 
@@ -73,22 +85,73 @@ def wanted_fields(flags: TrainingFlags, known: dict[str, int], num_layers: int) 
     return {**default, **known, **given}
 
 
-def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> Any:
-    """Returns a streaming model with random weights of the file's architecture and the tokenizer's vocabulary."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def planned_fields(flags: TrainingFlags) -> dict[str, int]:
+    """Returns the stream fields that the run's model is going to have; reads configurations alone.
 
-    from huggingface.transformers.models.spec_stream import stream_config_from, supported_architectures
-    from training.fresh_weights import shrink_queries, start_as_identity
+    Raises:
+        ValueError: for a missing file or directory, or an architecture that cannot carry streams.
+        CheckpointError: for a configuration that cannot be read.
+    """
+    if flags.mode == "scratch":
+        assert flags.model_config is not None
+        file = read_model_file(flags.model_config)
+        return wanted_fields(flags, file.stream_fields, stock_config_of(file).num_hidden_layers)
+    assert flags.model_name_or_path is not None
+    config = checkpoint_config(flags.model_name_or_path)
+    return wanted_fields(flags, own_fields(config), config.num_hidden_layers)
 
-    fields = dict(file.architecture)
-    kind = fields.pop("model_type")
+
+def own_fields(config: Any) -> dict[str, int]:
+    """Returns the stream fields of a checkpoint's configuration; none where it has no streams."""
+    from huggingface.transformers.models.spec_stream import StreamConfig
+
+    known = StreamConfig.of(config).as_dict() if hasattr(config, "stream_layers") else {}
+    return {key: int(known[key] or 0) for key in STREAM_FIELDS} if known.get("streams") else {}
+
+
+def check_resumed(flags: TrainingFlags, folder: Path) -> None:
+    """Raises ValueError where the checkpoint to resume from has other streams than this run's model."""
+    saved = own_fields(checkpoint_config(str(folder)))
+    changed = [
+        f"--{name} {saved.get(name, 0)}, not {value}"
+        for name, value in planned_fields(flags).items()
+        if saved.get(name, 0) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"--resume_from_checkpoint: {folder} was trained with {', '.join(changed)}; give the flags that it began with, or "
+            "another --output_dir."
+        )
+
+
+def stock_config_of(file: ModelFile, **fields: Any) -> Any:
+    """Returns upstream's configuration of the file's architecture, with other values of some fields."""
+    from transformers import AutoConfig
+
+    from huggingface.transformers.models.spec_stream import supported_architectures
+
+    values = {**file.architecture, **fields}
+    kind = values.pop("model_type")
     if kind not in supported_architectures():
         supported = ", ".join(supported_architectures())
         raise ValueError(f"--model_config: model_type '{kind}' cannot carry streams; supported: {supported}.")
-    fields["vocab_size"] = len(tokenizer)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    stock = AutoConfig.for_model(kind, **fields, **special, pad_token_id=tokenizer.pad_token_id)
-    config = stream_config_from(stock, **wanted_fields(flags, file.stream_fields, stock.num_hidden_layers))
+    return AutoConfig.for_model(kind, **values)
+
+
+def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> Any:
+    """Returns a streaming model with random weights of the file's architecture and the tokenizer's vocabulary.
+
+    Its streams may draft all tokens: a list is chosen when the run's examples are there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from huggingface.transformers.models.spec_stream import stream_config_from
+    from training.fresh_weights import shrink_queries, start_as_identity
+
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    stock = stock_config_of(file, vocab_size=len(tokenizer), **special)
+    fields = wanted_fields(flags, file.stream_fields, stock.num_hidden_layers)
+    config = stream_config_from(stock, **{**fields, "draft_vocab_size": 0})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=flags.attn_implementation)
     shrink_queries(model)
     start_as_identity(model)
@@ -109,29 +172,40 @@ def check_checkpoint(name: str) -> None:
         )
 
 
+def checkpoint_config(name: str) -> Any:
+    """Returns a checkpoint's configuration.
+
+    Raises:
+        ValueError: for a missing directory.
+        CheckpointError: for a configuration that cannot be read.
+    """
+    from models.loading.checkpoint import read_config
+
+    check_checkpoint(name)
+    try:
+        return read_config(name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def model_from_checkpoint(flags: TrainingFlags) -> Any:
-    """Returns the checkpoint's model in float32 with streams: its own, or fresh ones.
+    """Returns the checkpoint's model in float32 with streams: its own, or fresh ones, which may draft all tokens at first.
 
     Raises:
         ValueError: for a missing directory or an architecture that cannot carry streams.
         CheckpointError: for files that cannot be read.
     """
-    from huggingface.transformers.models.spec_stream import StreamConfig, load_streaming, stream_config_from
-    from models.loading.checkpoint import main_weights, read_config
+    from huggingface.transformers.models.spec_stream import load_streaming, stream_config_from
+    from models.loading.checkpoint import main_weights
     from models.loading.weights import STREAM_PREFIX, check_keys, quiet, readable
 
     assert flags.model_name_or_path is not None
     name = flags.model_name_or_path
-    check_checkpoint(name)
-    try:
-        config = read_config(name)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    known = StreamConfig.of(config).as_dict() if hasattr(config, "stream_layers") else {}
-    own = {key: int(known[key] or 0) for key in STREAM_FIELDS} if known.get("streams") else {}
-    fields = wanted_fields(flags, own, config.num_hidden_layers)
+    config = checkpoint_config(name)
+    own = own_fields(config)
+    fields = {**wanted_fields(flags, own, config.num_hidden_layers), "draft_vocab_size": 0}
     stream_config_from(config, **fields)  # says what is supported
-    keep = bool(own) and fields == own
+    keep = bool(own) and fields == {**own, "draft_vocab_size": 0}
     main = main_weights(name, config)
     try:
         with quiet(), readable(name):  # upstream would report fresh streams as missing

@@ -22,12 +22,13 @@ from training.arguments import TrainingFlags
 from training.calibration import Calibration, calibrate
 from training.checkpoints import choose_checkpoint
 from training.data import TextData, load_text
-from training.draft_vocab import check_draft_vocab, choose_draft_vocab
+from training.draft_vocab import check_draft_vocab, choose_draft_vocab, wanted_draft_vocab
 from training.errors import CheckpointError
 from training.model_card import RunFacts, model_card
 from training.models import (
     ModelFile,
     check_checkpoint,
+    check_resumed,
     freeze_main,
     freeze_unused,
     model_from_checkpoint,
@@ -52,6 +53,7 @@ class Prepared:
     train: TokenSet
     held_out: TokenSet
     skipped: dict[str, int]
+    draft_vocab_size: int | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def train(flags: TrainingFlags) -> Outcome:
         if flags.resume_from_checkpoint
         else None
     )
+    if resume is not None:
+        check_resumed(flags, resume)
     process = training_arguments(flags)
     upstream_logging.disable_progress_bar()
     text = load(flags)
@@ -91,7 +95,7 @@ def train(flags: TrainingFlags) -> Outcome:
         freeze_main(prepared.model)
     if flags.own_targets:
         prepare_targets(flags, prepared, process)
-    choose_draft_vocab(prepared.model, flags.draft_vocab_size, prepared.train)
+    choose_draft_vocab(prepared.model, prepared.draft_vocab_size, prepared.train)
     trainer = make_trainer(flags, prepared, process)
     begin = time.monotonic()
     try:
@@ -149,7 +153,8 @@ def prepare(flags: TrainingFlags, text: TextData, is_main: bool, device: torch.d
     else:
         tokenizer = checkpoint_tokenizer(flags)
         model = model_from_checkpoint(flags)
-    check_draft_vocab(model, flags.draft_vocab_size)
+    draft_vocab_size = wanted_draft_vocab(flags, model)
+    check_draft_vocab(model, draft_vocab_size)
     limit = min(
         flags.max_length or model.config.max_position_embeddings, model.config.max_position_embeddings
     )
@@ -157,7 +162,7 @@ def prepare(flags: TrainingFlags, text: TextData, is_main: bool, device: torch.d
     train = [encode_pairs(tokenizer, part.train, limit) for part in text.sets]
     held_out = [encode_pairs(tokenizer, part.held_out, limit) for part in text.sets]
     skipped = report_lengths(names, train, limit)
-    return Prepared(tokenizer, model, pack(train, names), pack(held_out, names), skipped)
+    return Prepared(tokenizer, model, pack(train, names), pack(held_out, names), skipped, draft_vocab_size)
 
 
 def scratch_tokenizer(flags: TrainingFlags, file: ModelFile, text: TextData, is_main: bool) -> Any:

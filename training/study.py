@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.arguments import TrainingFlags, flags_from
+from training.checkpoints import make_output_dir
+from training.data import check_sources
 from training.study_plan import Job, Plan, StudyFlags, plan_study, stock_folder, training_values
 
 JOB_FILE, RESULT_FILE, LOG_FILE = "job.json", "result.json", "log.txt"
@@ -40,7 +42,7 @@ class Process(Protocol):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 all done, 1 a job failed, 2 wrong arguments, 130 interrupted."""
+    """Runs the command line; returns the exit code: 0 all done, 1 not all done, 2 wrong arguments, 130 interrupted."""
     words = list(sys.argv[1:] if words is None else words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if words[:1] == ["--run_job"]:
@@ -54,17 +56,26 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         logger.error("error: %s", error)
         return 2
+    except OSError as error:
+        logger.error("error: %s", error)
+        return 1
     except KeyboardInterrupt:
         logger.error("interrupted; the same command goes on with what is missing.")
         return 130
 
 
 def study(flags: StudyFlags) -> int:
-    """Trains what is missing and writes `study.json` and `study.md`; returns 0, or 1 if a job failed."""
+    """Trains what is missing and writes `study.json` and `study.md`; returns 0, or 1 if a job failed.
+
+    Raises:
+        ValueError: for a mistake that shows before the first job; nothing is written then.
+        OSError: for a folder that cannot be made or written.
+    """
     from training.study_report import study_document, study_tables
 
     plan = plan_study(flags)
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    check(flags, plan)
+    make_output_dir(flags.output_dir)
     missing = [job for job in plan.jobs if finished_result(flags.output_dir, job) is None]
     logger.info("%d jobs, %d of them to do", len(plan.jobs), len(missing))
     failures = run_jobs(missing, flags.jobs, lambda job: start(flags.output_dir, job, flags.jobs))
@@ -74,6 +85,13 @@ def study(flags: StudyFlags) -> int:
     write_whole(flags.output_dir / "study.md", study_tables(document))
     logger.info("%s", study_tables(document))
     return 1 if failures else 0
+
+
+def check(flags: StudyFlags, plan: Plan) -> None:
+    """Raises ValueError for data that are not there, and for what training would refuse in any of the jobs."""
+    check_sources(flags.datasets, flags.data_dir, {"train_file": flags.train_file})
+    for job in plan.jobs:
+        TrainingFlags(**training_values(job.settings))
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, launch: Callable[[Job], Process]) -> dict[str, str]:

@@ -93,6 +93,33 @@ def test_every_format_is_judged_on_every_model(call, checkpoint, tmp_path, capsy
     )
 
 
+def test_an_output_folder_that_cannot_be_is_told_before_anything_is_measured(
+    call, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(quantised_quality, "measure", lambda flags: pytest.fail("measured"))
+    for folder in ("text.txt", "text.txt/below"):
+        assert call(output_dir=tmp_path / folder) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / folder} cannot be a folder, a file is in the way; choose another" in error
+        assert error.count("\n") == 1
+
+    def refuse(path, text):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("benchmark.run_directory.write_atomically", refuse)
+    assert call(output_dir=tmp_path / "new" / "out") == 2
+    assert "Permission denied): choose another --output_dir" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_text_that_is_too_short_is_told_with_flags_that_there_are(call, checkpoint, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("name")
+    assert call(model_name_or_path=checkpoint) == 1
+    error = capsys.readouterr().err
+    assert "give a longer --text." in error
+    assert "--window" not in error
+
+
 def test_an_interrupted_call_writes_nothing(call, checkpoint, tmp_path, monkeypatch, capsys):
     def stop(subject):
         raise KeyboardInterrupt
@@ -152,7 +179,8 @@ def test_where_a_text_comes_from_names_no_folder():
         ({"tokens": 0}, 2, "--tokens: got '0'"),
         ({"plan_tokens": "many"}, 2, "--plan_tokens: got 'many'"),
         ({"dtype": "int3"}, 2, "--dtype: invalid choice"),
-        ({"colour": "red"}, 2, "unrecognized arguments: --colour red"),
+        ({"plan_token": 9}, 2, "unknown argument '--plan_token': did you mean '--plan_tokens'?"),
+        ({"device": "foo"}, 2, "--device got foo, expected auto, cpu, cuda or cuda:N"),
         ({"model_name_or_path": "./nowhere"}, 2, "no such directory"),
         ({"text": "references", "data_dir": "nowhere"}, 2, "--data_dir nowhere is not a folder"),
         ({"text": "nowhere.txt"}, 1, "cannot be read"),

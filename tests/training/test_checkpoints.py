@@ -62,3 +62,19 @@ def test_an_earlier_runs_folder_is_not_mixed_with_a_new_run(output_dir, tmp_path
     check_output_dir(output_dir, resumes=True)
     check_output_dir(tmp_path / "new" / "run", resumes=False)
     assert (tmp_path / "new" / "run").is_dir()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_the_way_of_the_folder_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=rf"--output_dir .*{name} cannot be a folder.*choose another folder"):
+        check_output_dir(tmp_path / name, resumes=False)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(OSError, match=r"--output_dir .*new cannot be made \(Permission denied\); choose"):
+        check_output_dir(tmp_path / "new", resumes=False)

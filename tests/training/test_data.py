@@ -48,6 +48,18 @@ def test_a_row_without_completion_is_skipped_and_counted(tmp_path):
     assert load_text([], None, path).sets[0].skipped == 1
 
 
+def test_a_row_that_no_tokenizer_takes_is_skipped_and_counted(tmp_path):
+    path = write_rows(tmp_path / "own.jsonl", text_pairs(10))
+    broken = [{"prompt": "a\ud800", "completion": "b"}, {"prompt": "a", "completion": "\udc00b"}]
+    lines = [json.dumps(row) for row in broken]
+    path.write_text(path.read_text() + "\n".join(lines))
+    (part,) = load_text([], None, path, path).sets
+    assert (len(part.train), len(part.held_out), part.skipped) == (10, 10, 4)
+    path.write_text(lines[0])
+    with pytest.raises(DataError, match=r"surrogate pair, such as .ud800; check the files"):
+        load_text([], None, path)
+
+
 def test_an_empty_prompt_is_an_error(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "", "completion": "b"}\n')

@@ -123,6 +123,47 @@ def test_every_job_has_flags_that_training_takes(flags):
         assert made.data_weights == ()
 
 
+WORDS = ["--datasets", "none", "--variants", "layers,lora", "--no-bf16", "--max_steps", "3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to train on: give --datasets, --train_file"),
+        (["--train_file", "nowhere.jsonl"], "--train_file nowhere.jsonl: no such file"),
+        (["--datasets", "foo"], "--datasets 'foo' cannot be trained on"),
+        (["--datasets", "spider", "--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
+        (["--train_file", "own", "--max_new_tokens", "0"], "--max_new_tokens must be 1 or more, got 0"),
+        (["--train_file", "own", "--learning_rate", "-1"], "--learning_rate must be above 0, got -1.0"),
+        (["--train_file", "own", "--vocab_size", "5"], "--vocab_size must be 257 or more, got 5"),
+    ],
+)
+def test_mistakes_that_jobs_would_find_are_told_before_them(flags, here, words, said, caplog):
+    flags.output_dir.mkdir()
+    (flags.output_dir / "study.json").write_text("earlier")
+    words = [str(flags.train_file) if word == "own" else word for word in words]
+    common = ["--output_dir", str(flags.output_dir), "--model_config", str(flags.model_config)]
+    assert main([*common, *WORDS, *words]) == 2
+    assert said in caplog.messages[-1]
+    assert here == []
+    assert [path.name for path in flags.output_dir.iterdir()] == ["study.json"]
+    assert (flags.output_dir / "study.json").read_text() == "earlier"
+
+
+def test_an_output_folder_that_cannot_be_is_one_line(flags, here, caplog, monkeypatch):
+    words = [*WORDS, "--train_file", str(flags.train_file), "--model_config", str(flags.model_config)]
+    assert main([*words, "--output_dir", str(flags.train_file)]) == 2
+    assert "own.jsonl cannot be a folder, a file is in the way" in caplog.messages[-1]
+
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    assert main([*words, "--output_dir", str(flags.output_dir)]) == 1
+    assert "study cannot be made (Permission denied); choose another folder" in caplog.messages[-1]
+    assert here == []
+
+
 class Fake:
     """A process that ends after some polls."""
 

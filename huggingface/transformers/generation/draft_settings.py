@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 CONFIG_KEY = "spec_stream"
@@ -22,11 +23,40 @@ class DraftSettings(dict[str, Any]):
 
 
 def saved_settings(model) -> dict[str, Any]:
-    """Returns what the checkpoint's `generation_config.json` says of drafting; empty if nothing."""
+    """Returns what the checkpoint's `generation_config.json` says of drafting; empty if nothing.
+
+    Raises:
+        ValueError: it says something that is no such setting.
+    """
     held = getattr(model.generation_config, CONFIG_KEY, None)
     if held is not None and not isinstance(held, DraftSettings):
+        _check(held)
         setattr(model.generation_config, CONFIG_KEY, DraftSettings(held))
     return dict(held or {})
+
+
+def _check(held: Any) -> None:
+    if not isinstance(held, Mapping):
+        raise _wrong("", "an object", held)
+    accuracy = held.get("rank_accuracy") or ()
+    if not (isinstance(accuracy, list | tuple) and all(_are_numbers(ranks) for ranks in accuracy)):
+        raise _wrong(".rank_accuracy", "a list of numbers for each stream", accuracy)
+    nodes = held.get("draft_nodes") or {}
+    if not isinstance(nodes, Mapping):
+        raise _wrong(".draft_nodes", "an object", nodes)
+
+
+def _are_numbers(ranks: Any) -> bool:
+    return (
+        isinstance(ranks, list | tuple) and bool(ranks) and all(isinstance(one, int | float) for one in ranks)
+    )
+
+
+def _wrong(name: str, expected: str, held: Any) -> ValueError:
+    return ValueError(
+        f"generation_config.json: {CONFIG_KEY}{name} must be {expected}, got {str(held)[:40]!r}; restore the file, or take the "
+        "entry out."
+    )
 
 
 def update_settings(model, **values: Any) -> None:
