@@ -54,9 +54,9 @@ def carry_out(config: RunConfig, loader: str) -> RunDirectory:
     name = run_directory.run_name(config, checkpoint.fingerprint, datetime.now(UTC).date())
     directory = run_directory.make(config, name)
     with RunLock(directory.path):
-        if config.overwrite:
-            directory.clear()
-        saved = run_directory.check_same(directory, config, checkpoint.fingerprint)
+        saved = (
+            None if config.overwrite else run_directory.check_same(directory, config, checkpoint.fingerprint)
+        )
         selection.check_same_weights(config, saved["techniques"] if saved else {})
         if saved is None or not is_finished(_summary(directory)):
             _measure(config, checkpoint, load_data(config), directory, saved, loader)
@@ -125,6 +125,8 @@ def _begin(
     if config.acceptance_sweep and not any(contender.sweeps for contender in chosen.contenders.values()):
         raise UsageError("--acceptance_sweep needs a technique that drafts with our engine: add spec_stream.")
     plan, memory = first_plan(config, chosen, data, checkpoint, machine)
+    if config.overwrite:
+        directory.clear()
     write_json(directory.file("environment.json"), environment.collect(machine, ROOT))
     shown = replace(resolved(config, machine), run_name=directory.path.name)
     saved: dict[str, Any] = {

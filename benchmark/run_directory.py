@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -72,14 +73,12 @@ class RunDirectory:
             write_json(self.file("techniques.json"), before | dict(loaded))
 
     def clear(self) -> None:
-        """Deletes what an earlier run wrote, and nothing else."""
+        """Deletes what an earlier run wrote, and nothing else; logs are emptied, since a new worker may hold one open."""
         names = [*OTHER_FILES, *(f"{kind}.jsonl" for kind in RECORD_FILES)]
-        for path in [
-            *map(self.file, names),
-            *self.path.glob("worker_*.log"),
-            *self.path.glob("figures/*.png"),
-        ]:
+        for path in [*map(self.file, names), *self.path.glob("figures/*.png")]:
             path.unlink(missing_ok=True)
+        for path in self.path.glob("worker_*.log"):
+            os.truncate(path, 0)
 
 
 def run_name(config: RunConfig, fingerprint: str, today: date) -> str:

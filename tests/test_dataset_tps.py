@@ -368,6 +368,33 @@ def test_overwrite_deletes_only_what_a_run_writes(bench):
     assert bench.file("notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--device", "cuda"),
+        ("--model_type", "flash"),
+        ("--datasets", "jsonl"),
+        ("--acceptance_sweep", "1", "--model_type", "naive"),
+    ],
+)
+def test_overwrite_deletes_nothing_where_the_new_run_cannot_begin(bench, words):
+    assert bench.run() == 0
+    before = snapshot(bench.folder / "results")
+    assert bench.run("--overwrite", *words) == 2
+    after = snapshot(bench.folder / "results")
+    results = [path for path in before if path.suffix != ".log"]
+    assert [after.get(path) for path in results] == [before[path] for path in results]
+
+
+def test_overwrite_starts_anew_from_a_damaged_run(bench):
+    assert bench.run() == 0
+    bench.file("config.json").write_text("{")
+    bench.file("worker_naive.log").write_text("of the earlier run")
+    assert bench.run("--overwrite") == 0
+    assert len(comparable(bench.records())) == 2 * 3 * 2
+    assert "of the earlier run" not in bench.file("worker_naive.log").read_text()
+
+
 def test_secrets_reach_no_file(bench):
     bench.environment.setenv("HF_TOKEN", "topsecrettoken")
     assert bench.run() == 0
