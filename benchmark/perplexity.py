@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmark.config import REFERENCES, WIKITEXT2, RunConfig
 from benchmark.crew import Crew
-from benchmark.errors import RunError, UsageError
-from benchmark.files import Appender, read_lines, write_lines
+from benchmark.errors import UsageError
+from benchmark.files import Appender, write_lines
 from benchmark.plan import Cell, RunPlan
 from benchmark.preparation import Data
 from benchmark.progress import Progress
@@ -145,16 +145,10 @@ def measure_perplexity(
 
 def _repair(directory: RunDirectory) -> list[Told]:
     """Returns what was answered before, and leaves only this in the file."""
-    path = directory.file(FILE)
-    try:
-        every = [from_json(values) for values in read_lines(path)]
-    except (TypeError, KeyError) as error:
-        raise RunError(
-            f"{path} holds a line that is no perplexity ({error}); add --overwrite to start anew."
-        ) from None
+    every = directory.lines(FILE, from_json)
     kept = list({told.task: told for told in every if told.status == OK}.values())
     if every:
-        write_lines(path, (told.as_json() for told in kept))
+        write_lines(directory.file(FILE), (told.as_json() for told in kept))
     return kept
 
 

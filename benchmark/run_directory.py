@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from hashlib import sha256
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark.config import PLACE_FIELDS, RunConfig
 from benchmark.errors import RunError, UsageError
-from benchmark.files import read_json, read_lines, write_atomically, write_json, write_lines
+from benchmark.files import Read, read_json, read_lines, write_atomically, write_json, write_lines
 from benchmark.records import Record, from_json, settled
 
 SCHEMA_VERSION = 1
@@ -46,15 +46,20 @@ class RunDirectory:
         """Returns the records of `records`, `warmup`, `breakdown` or `sweep`; a torn last line is left out.
 
         Raises:
-            RunError: a whole line is something else.
+            RunError: another line is no record.
         """
-        path = self.file(f"{kind}.jsonl")
+        return self.lines(f"{kind}.jsonl", from_json)
+
+    def lines(self, name: str, read: Callable[[dict[str, Any]], Read]) -> list[Read]:
+        """Returns what the lines of a file hold, as `read_lines` reads them.
+
+        Raises:
+            RunError: a line that is not torn cannot be read.
+        """
         try:
-            return [from_json(values) for values in read_lines(path)]
-        except TypeError as error:
-            raise RunError(
-                f"{path} holds a line that is no record ({error}); add --overwrite to start anew."
-            ) from None
+            return list(read_lines(self.file(name), read))
+        except ValueError as error:
+            raise RunError(f"{error}; delete that line, or add --overwrite to start anew.") from None
 
     def repair(self, kind: str) -> list[Record]:
         """Returns the records worth keeping, and leaves only these in the file: torn and failed ones are asked for anew."""

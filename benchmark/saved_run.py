@@ -138,14 +138,12 @@ def read_records(path: Path) -> list[Record]:
     """Returns the answers of a run; none where there is no file.
 
     Raises:
-        ResultsError: a line is whole, but no record.
+        ResultsError: a line is no record; a torn last one is left out.
     """
     try:
-        return [from_json(line) for line in read_lines(path)]
-    except (KeyError, TypeError) as error:
-        raise ResultsError(
-            f"{path} holds a line that is no answer ({error}): rerun dataset_tps.py"
-        ) from error
+        return list(read_lines(path, from_json))
+    except ValueError as error:
+        raise ResultsError(f"{error}: delete that line and rerun dataset_tps.py") from None
 
 
 def _rows(summary: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], ...]:

@@ -70,6 +70,23 @@ def test_a_torn_last_line_is_dropped_and_asked_for_again(bench, tail):
     assert comparable(bench.records()) == whole
 
 
+def test_a_broken_line_costs_no_answer_after_it(bench):
+    assert bench.run() == 0
+    whole = comparable(bench.records())
+    path = bench.file("records.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    broken = "".join([*lines[:2], "{broken\n", *lines[3:]])
+    path.write_text(broken)
+    bench.file("summary.json").unlink()
+    assert bench.run() == 1
+    (line,) = [line for line in bench.err.splitlines() if line.startswith("error")]
+    assert f"line 3 of {path} cannot be parsed; delete that line, or add --overwrite" in line
+    assert path.read_text() == broken
+    path.write_text("".join([*lines[:2], *lines[3:]]))
+    assert bench.run() == 0
+    assert comparable(bench.records()) == whole
+
+
 def test_killed_parents_lose_and_double_nothing(bench):
     """SIGKILL at random points, then the same command until it is done: the records are those of one clean run."""
     words = ("--limit", "6", "--model_type", "naive,static,spec_stream", "--batch_size", "1,2")
