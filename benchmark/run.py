@@ -72,13 +72,16 @@ def _summary(directory: RunDirectory) -> Any:
 
 
 def is_finished(summary: Mapping[str, Any] | None) -> bool:
-    """Returns whether a run has nothing left to do: every cell was measured, or cannot be here."""
-    return summary is not None and not any(_is_open(row) for row in summary["rows"])
+    """Returns whether a run has nothing left to do: every cell and point was measured, or cannot be here."""
+    return summary is not None and not (
+        any(_is_open(row) for row in summary["rows"])
+        or any(point["status"] not in SETTLED for point in summary.get("acceptance_sweep") or ())
+    )
 
 
 def _is_open(row: Mapping[str, Any]) -> bool:
     """Returns whether something of a row failed that the same command asks for again."""
-    return row["status"] not in SETTLED or is_missing(row)
+    return row["status"] not in SETTLED or is_missing(row) or row.get("breakdown_reason") is not None
 
 
 def _measure(
@@ -179,12 +182,11 @@ def _summarise(
     quality = with_perplexity(quality_of(records, data), perplexities)
     rows = [row.as_json() for row in summarise(records, plan, quality, facts)]
     skipped = data.skipped_rows()
-    failed = any(_is_open(row) for row in rows)
     lost = bool(skipped) or any(row["prompts_skipped"] for row in rows)
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run_name": directory.path.name,
-        "exit_code": EXIT_INCOMPLETE if failed or lost else EXIT_DONE,
+        "exit_code": EXIT_DONE,
         "baseline": plan.baseline,
         "n_failed": sum(map(len, skipped.values())) + sum(row["prompts_skipped"] for row in rows),
         "skipped_rows": skipped,
@@ -192,6 +194,8 @@ def _summarise(
     }
     if config.acceptance_sweep:
         summary["acceptance_sweep"] = sweep_points(directory.records("sweep"))
+    if lost or not is_finished(summary):
+        summary["exit_code"] = EXIT_INCOMPLETE
     write_csv(directory.file("summary.csv"), rows)
     write_json(directory.file("summary.json"), summary)
 
