@@ -156,8 +156,8 @@ def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> 
         )
     if saved.get("checkpoint_fingerprint") != fingerprint:
         raise UsageError(
-            f"{directory.path} was begun with other weights in {config.model_name_or_path}{_assistant(config)}; "
-            "give another --run_name, or --overwrite."
+            f"{directory.path} was begun with other weights in {config.model_name_or_path}{_assistant(config)}, or with another "
+            "tokenizer or generation_config.json there; give another --run_name, or --overwrite."
         )
     return saved
 

@@ -361,6 +361,13 @@ def test_other_options_under_the_same_name_are_refused(bench):
     assert "other weights" in bench.err
 
 
+def test_a_checkpoint_that_was_tuned_since_is_another_run(bench):
+    assert bench.run() == 0
+    (bench.checkpoint / "generation_config.json").write_text('{"draft_nodes": {"cpu": 4}}')
+    assert bench.run() == 2
+    assert "generation_config.json there; give another --run_name" in bench.err
+
+
 def test_overwrite_deletes_only_what_a_run_writes(bench):
     assert bench.run() == 0
     bench.file("notes.txt").write_text("mine")
