@@ -22,6 +22,7 @@ from benchmark.records import OK, Record
 from benchmark.run_directory import RunDirectory
 from benchmark.summary import Quality
 from benchmark.table import PREFIX
+from benchmark.typed import build
 from benchmark.worker_client import WorkerError
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,8 @@ class Told:
 
 
 def from_json(values: Mapping[str, Any]) -> Told:
-    """Returns what a line of `perplexity.jsonl` holds. Raises TypeError or KeyError if it is of another kind."""
-    rest = dict(values)
-    return Told(Task(rest.pop("model_type"), rest.pop("text"), rest.pop("dataset")), **rest)
+    """Returns what a line of `perplexity.jsonl` holds. Raises TypeError if it is of another kind."""
+    return build(Told, {**values, "task": build(Task, values)})
 
 
 def check_flags(config: RunConfig, model_config: Mapping[str, Any]) -> None:

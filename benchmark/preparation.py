@@ -203,7 +203,7 @@ def saved_plan(config: RunConfig, saved: Mapping[str, Any], data: Data) -> RunPl
             "restore the data, or give another --run_name, or --overwrite."
         )
     contenders = {
-        name: Contender(name, values["recipe"], values["twin"], values.get("largest_batch"))
+        name: Contender(name, values["recipe"], values.get("twin"), values.get("largest_batch"))
         for name, values in saved["techniques"].items()
     }
     groups = tuple(tuple(names) for names in saved["groups"])

@@ -11,8 +11,8 @@ from benchmark.checkpoint import Checkpoint
 from benchmark.config import RunConfig
 from benchmark.crew import Crew
 from benchmark.divergence import Divergence
-from benchmark.errors import EXIT_DONE, EXIT_INCOMPLETE, UsageError
-from benchmark.files import read_json, write_csv, write_json
+from benchmark.errors import EXIT_DONE, EXIT_INCOMPLETE, RunError, UsageError
+from benchmark.files import write_csv, write_json
 from benchmark.gap_scoring import score_divergences
 from benchmark.lock import RunLock
 from benchmark.measure import Measurement
@@ -30,7 +30,8 @@ from benchmark.preparation import (
 )
 from benchmark.records import OK, SETTLED, SKIPPED, Record
 from benchmark.run_directory import SCHEMA_VERSION, RunDirectory
-from benchmark.summary import Facts, Quality, summarise
+from benchmark.summary import Facts, Quality, SummaryRow, summarise
+from benchmark.typed import build
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +59,24 @@ def carry_out(config: RunConfig, loader: str) -> RunDirectory:
             None if config.overwrite else run_directory.check_same(directory, config, checkpoint.fingerprint)
         )
         selection.check_same_weights(config, saved["techniques"] if saved else {})
-        if saved is None or not is_finished(_summary(directory)):
+        if saved is None or not _has_finished(directory):
             _measure(config, checkpoint, load_data(config), directory, saved, loader)
     return directory
 
 
-def _summary(directory: RunDirectory) -> Any:
-    """Returns the summary, None where there is none or it is damaged: then it is made anew from the records."""
+def _has_finished(directory: RunDirectory) -> bool:
+    """Returns whether a summary says that nothing is left to do; a damaged one is made anew from the records."""
     try:
-        return read_json(directory.file("summary.json"))
-    except ValueError:
-        return None
+        summary = directory.read("summary.json", rows=list, exit_code=int)
+        rows = [build(SummaryRow, row) for row in summary["rows"]]
+        return bool(rows) and is_finished(summary)
+    except (RunError, TypeError, KeyError):
+        return False
 
 
-def is_finished(summary: Mapping[str, Any] | None) -> bool:
+def is_finished(summary: Mapping[str, Any]) -> bool:
     """Returns whether a run has nothing left to do: every cell and point was measured, or cannot be here."""
-    return summary is not None and not (
+    return not (
         any(_is_open(row) for row in summary["rows"])
         or any(point["status"] not in SETTLED for point in summary.get("acceptance_sweep") or ())
     )
@@ -154,7 +157,7 @@ def _begin(
 
 
 def _check_machine(directory: RunDirectory, machine: Mapping[str, Any]) -> None:
-    before = (read_json(directory.file("environment.json")) or {}).get("device_name")
+    before = directory.read("environment.json", device_name=str)["device_name"]
     if before != machine["device_name"]:
         raise UsageError(
             f"{directory.path} was begun on {before}, and this is {machine['device_name']}: times would not compare; "

@@ -27,6 +27,17 @@ OTHER_FILES = (
     "summary.csv",
 )
 
+SAVED: dict[str, Any] = {
+    "flags_given": dict,
+    "techniques": dict,
+    "skipped": dict,
+    "groups": list,
+    "data_source": dict,
+    "data_fingerprint": dict,
+    "model_name_or_path": str,
+    "random_weights": bool,
+}  # what resuming and showing a run takes from its config.json
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -68,8 +79,42 @@ class RunDirectory:
         return kept
 
     def loaded(self) -> dict[str, dict[str, Any]]:
-        """Returns technique -> what its worker said when it had loaded."""
-        return read_json(self.file("techniques.json")) or {}
+        """Returns technique -> what its worker said when it had loaded.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.file("techniques.json")
+        if not path.exists():
+            return {}
+        loaded = self.read(path.name)
+        if not all(isinstance(values, dict) for values in loaded.values()):
+            raise RunError(f"{path} holds no objects; add --overwrite to start anew.")
+        return loaded
+
+    def read(self, name: str, **wanted: type) -> dict[str, Any]:
+        """Returns the JSON object in one of its files.
+
+        Args:
+            name: the file.
+            wanted: fields that it must have, with their types.
+
+        Raises:
+            RunError: it is missing, damaged, or something else.
+        """
+        path = self.file(name)
+        if not path.exists():
+            raise RunError(f"{path} is missing; put it back, or add --overwrite to start anew.")
+        try:
+            values = read_json(path)
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{path} cannot be read ({error}); add --overwrite to start anew.") from None
+        if not isinstance(values, dict):
+            raise RunError(f"{path} holds no object; add --overwrite to start anew.")
+        for field, kind in wanted.items():
+            if not isinstance(values.get(field), kind):
+                raise RunError(f"{path} has no usable '{field}'; add --overwrite to start anew.")
+        return values
 
     def save_loaded(self, loaded: Mapping[str, Mapping[str, Any]]) -> None:
         """Adds what workers said when they had loaded."""
@@ -127,14 +172,15 @@ def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> 
 
     Raises:
         UsageError: the earlier run had other options, which are named, or resuming is off.
+        RunError: its config is damaged.
     """
-    saved = _saved_config(directory)
-    if saved is None:
+    if not directory.file("config.json").exists():
         if directory.file("records.jsonl").exists():
             raise UsageError(
                 f"{directory.path} holds records without a config.json; add --overwrite to start anew."
             )
         return None
+    saved = directory.read("config.json")
     if not config.resume:
         raise UsageError(
             f"{directory.path} holds an earlier run; add --overwrite, or give another --run_name."
@@ -144,7 +190,8 @@ def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> 
             f"{directory.path} was written by another version of this project (schema {saved.get('schema_version')}, "
             f"expected {SCHEMA_VERSION}); give another --run_name, or --overwrite."
         )
-    asked = saved.get("flags_given") or {}
+    directory.read("config.json", **SAVED)
+    asked = saved["flags_given"]
     now = config.decides_results()
     differing = [
         f"--{name}" for name in sorted({*now, *asked} - set(PLACE_FIELDS)) if now.get(name) != asked.get(name)
@@ -164,17 +211,6 @@ def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> 
 
 def _assistant(config: RunConfig) -> str:
     return f" or {config.assistant_model}" if config.assistant_model else ""
-
-
-def _saved_config(directory: RunDirectory) -> dict[str, Any] | None:
-    path = directory.file("config.json")
-    try:
-        saved = read_json(path)
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read ({error}); add --overwrite to start anew.") from None
-    if saved is not None and not isinstance(saved, dict):
-        raise UsageError(f"{path} is no run's config; add --overwrite to start anew.")
-    return saved
 
 
 def _shown(values: Mapping[str, Any], flag: str) -> str:

@@ -262,15 +262,6 @@ def test_own_data_may_be_one_file(bench):
     assert bench.rows()["naive", "jsonl", 1]["prompts"] == 2
 
 
-def test_a_damaged_summary_is_made_anew(bench):
-    assert bench.run() == 0
-    rows, records = bench.rows(), bench.file("records.jsonl").read_bytes()
-    bench.file("summary.json").write_text("{")
-    assert bench.run() == 0
-    assert bench.rows() == rows
-    assert bench.file("records.jsonl").read_bytes() == records
-
-
 def test_a_checkpoint_without_streams(bench):
     write_checkpoint(bench.checkpoint)
     assert bench.run("--model_type", "naive,spec_stream") == 0
@@ -280,14 +271,6 @@ def test_a_checkpoint_without_streams(bench):
     assert bench.run("--run_name", "alone") == 2
     assert bench.run("--random_weights", "--run_name", "random") == 0
     assert all(row["random_weights"] for row in bench.summary("random")["rows"])
-
-
-def test_a_run_of_another_version_is_not_resumed(bench):
-    assert bench.run() == 0
-    config = json.loads(bench.file("config.json").read_text())
-    bench.file("config.json").write_text(json.dumps(config | {"schema_version": 0}))
-    assert bench.run() == 2
-    assert "another version" in bench.err
 
 
 def test_warm_up_comes_before_and_is_kept_apart(bench):
@@ -346,60 +329,6 @@ def test_groups_when_memory_is_short(bench):
         ["naive", "spec_stream"],
     ]
     assert bench.summary()["rows"][3]["speedup"] > 1
-
-
-def test_other_options_under_the_same_name_are_refused(bench):
-    assert bench.run() == 0
-    assert bench.run("--max_new_tokens", "9", "--seed", "3") == 2
-    assert "--max_new_tokens 256 -> 9" in bench.err
-    assert "--seed 0 -> 3" in bench.err
-    assert bench.run("--no-resume") == 2
-    assert bench.run("--max_new_tokens", "3", "--overwrite") == 0
-    assert {len(record["token_ids"]) for record in bench.records()} == {3}
-    (bench.checkpoint / "config.json").write_text('{"model_type": "gpt_neo", "vocab_size": 5}')
-    assert bench.run("--max_new_tokens", "3") == 2
-    assert "other weights" in bench.err
-
-
-def test_a_checkpoint_that_was_tuned_since_is_another_run(bench):
-    assert bench.run() == 0
-    (bench.checkpoint / "generation_config.json").write_text('{"draft_nodes": {"cpu": 4}}')
-    assert bench.run() == 2
-    assert "generation_config.json there; give another --run_name" in bench.err
-
-
-def test_overwrite_deletes_only_what_a_run_writes(bench):
-    assert bench.run() == 0
-    bench.file("notes.txt").write_text("mine")
-    assert bench.run("--overwrite") == 0
-    assert bench.file("notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--device", "cuda"),
-        ("--model_type", "flash"),
-        ("--datasets", "jsonl"),
-        ("--acceptance_sweep", "1", "--model_type", "naive"),
-    ],
-)
-def test_overwrite_deletes_nothing_where_the_new_run_cannot_begin(bench, words):
-    assert bench.run() == 0
-    before = snapshot(bench.folder / "results")
-    assert bench.run("--overwrite", *words) == 2
-    after = snapshot(bench.folder / "results")
-    results = [path for path in before if path.suffix != ".log"]
-    assert [after.get(path) for path in results] == [before[path] for path in results]
-
-
-def test_overwrite_starts_anew_from_a_damaged_run(bench):
-    assert bench.run() == 0
-    bench.file("config.json").write_text("{")
-    bench.file("worker_naive.log").write_text("of the earlier run")
-    assert bench.run("--overwrite") == 0
-    assert len(comparable(bench.records())) == 2 * 3 * 2
-    assert "of the earlier run" not in bench.file("worker_naive.log").read_text()
 
 
 def test_secrets_reach_no_file(bench):
