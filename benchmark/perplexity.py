@@ -147,8 +147,7 @@ def _repair(directory: RunDirectory) -> list[Told]:
     """Returns what was answered before, and leaves only this in the file."""
     every = directory.lines(FILE, from_json)
     kept = list({told.task: told for told in every if told.status == OK}.values())
-    if every:
-        write_lines(directory.file(FILE), (told.as_json() for told in kept))
+    write_lines(directory.file(FILE), (told.as_json() for told in kept))
     return kept
 
 
