@@ -178,6 +178,12 @@ def refuse_code(config: Mapping[str, Any], path: Path) -> None:
             refuse_code(value, path)
 
 
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Returns how many tokens a model can read, as its `config.json` says; None where it does not."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(positions) if positions else None
+
+
 def weight_files(path: Path) -> list[Path]:
     """Returns the safetensors files of a checkpoint. Raises RunError where there are none, or a shard is missing."""
     index = path / "model.safetensors.index.json"

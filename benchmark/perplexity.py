@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from benchmark.checkpoint import positions_of
 from benchmark.config import REFERENCES, WIKITEXT2, RunConfig
 from benchmark.crew import Crew
 from benchmark.errors import UsageError
@@ -83,13 +84,13 @@ def check_flags(config: RunConfig, model_config: Mapping[str, Any]) -> None:
         raise UsageError(
             "--perplexity references needs a data set with references; synthetic prompts have none."
         )
-    positions = model_config.get("max_position_embeddings") or model_config.get("n_positions")
+    positions = positions_of(model_config)
     if WIKITEXT2 not in config.perplexity or not positions:
         return
     window = config.perplexity_window
     if window == "auto":
-        window = min(int(positions), LONGEST_WINDOW)
-    if int(window) > int(positions):
+        window = min(positions, LONGEST_WINDOW)
+    if int(window) > positions:
         raise UsageError(
             f"--perplexity_window got {window}, expected at most {positions}: the model has no more positions."
         )

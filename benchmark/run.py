@@ -22,6 +22,7 @@ from benchmark.preparation import (
     ROOT,
     Data,
     check_data_flags,
+    check_draft_nodes,
     first_plan,
     load_data,
     open_checkpoint,
@@ -51,6 +52,7 @@ def carry_out(config: RunConfig, loader: str) -> RunDirectory:
     check_data_flags(config)
     checkpoint = open_checkpoint(config)
     check_flags(config, checkpoint.config)
+    check_draft_nodes(config, checkpoint.config)
     selection.check_precision_plan(config, checkpoint.tensors)
     name = run_directory.run_name(config, checkpoint.fingerprint, datetime.now(UTC).date())
     directory = run_directory.make(config, name)

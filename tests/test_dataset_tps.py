@@ -115,6 +115,8 @@ def test_the_default_name_is_date_and_hash_and_is_found_again(bench):
         (["--datasets", "spyder"], "--datasets got 'spyder'"),
         (["--device", "cuda"], "0 CUDA devices"),
         (["--max_new_tokens", "-1"], "--max_new_tokens got -1"),
+        (["--draft_nodes", "0"], "--draft_nodes got 0, expected auto or a number from 1 to 1024"),
+        (["--draft_nodes", "100000"], "--draft_nodes got 100000, expected auto or a number from 1 to 1024"),
         (["--model_type", "naive", "--acceptance_sweep", "0.5"], "add spec_stream"),
     ],
 )
@@ -126,6 +128,15 @@ def test_wrong_arguments_end_with_2_and_one_clear_line(bench, words, expected):
     assert expected in lines[0]
     assert "Traceback" not in bench.err
     assert time.monotonic() - started < 10
+
+
+def test_a_draft_tree_has_at_most_as_many_nodes_as_the_model_has_positions(bench):
+    write_checkpoint(bench.checkpoint, streams=4, max_position_embeddings=64)
+    assert bench.run("--draft_nodes", "65") == 2
+    assert "--draft_nodes got 65, expected at most 64" in bench.err
+    assert len(bench.err.splitlines()) == 1
+    assert not (bench.folder / "results").exists()
+    assert bench.run("--draft_nodes", "64") == 0
 
 
 @pytest.mark.parametrize("fault", ["truncated", "pickle", "auto_map", "no config"])
