@@ -17,7 +17,6 @@ from types import FrameType
 from benchmark import flags
 from benchmark.config import RunConfig
 from benchmark.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunError, UsageError
-from benchmark.files import read_json
 from benchmark.redaction import redact
 from benchmark.run import carry_out
 from benchmark.run_directory import RunDirectory, describe_os_error
@@ -55,9 +54,9 @@ def main(argv: Sequence[str] | None = None, loader: str = LOADER) -> int:
 
 def show(directory: RunDirectory) -> int:
     """Prints a finished run's table and, last, one line of JSON with its directory; returns its exit code."""
-    summary = read_json(directory.file("summary.json"))
-    config = read_json(directory.file("config.json"))
-    machine = read_json(directory.file("environment.json"))["device_name"]
+    summary = directory.read("summary.json", rows=list, exit_code=int)
+    config = directory.read("config.json")
+    machine = directory.read("environment.json", device_name=str)["device_name"]
     weights = ", RANDOM WEIGHTS" if config["random_weights"] else ""
     sources = ", ".join(f"{name}: {source}" for name, source in config["data_source"].items())
     print_table(summary["rows"], f"{config['model_name_or_path']}{weights} on {machine}; {sources}")

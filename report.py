@@ -2,7 +2,7 @@
 
 python report.py results/<run_name>                             table, figures/*.png and report.html in that folder
 python report.py results/<run_name> --condense images/results   the small part that is committed, with its figures
-python report.py --readme README.md                             the README's tables and figure from committed results
+python report.py RUN_DIR ... --readme README.md                 the README's tables and figure; docs/measurement.md has the call
 """
 
 import argparse

@@ -17,6 +17,9 @@ from benchmark.errors import RunError, UsageError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 CONFIGS = ("tokenizer_config.json", "generation_config.json")  # beside config.json, where there are any
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+)  # fmt: skip
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code")
 WEIGHT_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -35,7 +38,7 @@ class Checkpoint:
         config: its `config.json`.
         parameters: stored numbers, those of the base model of streams included; 0 with random weights.
         weight_bytes: their bytes on disk.
-        fingerprint: changes when the config or the weights do, the assistant's included.
+        fingerprint: changes when the configs, the tokenizer or the weights do, the assistant's included.
         assistant: the small model that drafts for it in this run; None for nobody.
         tensors: names of what is stored, the base model's included; none with random weights.
         quantized: how the main weights are quantised, as `quant_method` names it; None for not at all.
@@ -102,6 +105,9 @@ def inspect(path: Path, random_weights: bool = False) -> Checkpoint:
     tensors: set[str] = set()
     for place in places:
         digest.update(json.dumps(_checked_config(place), sort_keys=True).encode())
+        for name in (*CONFIGS, *TOKENIZER_FILES):
+            if (place / name).is_file():
+                digest.update(f"\n{name}\n".encode() + (place / name).read_bytes())
         for file in () if random_weights else weight_files(place):
             header = read_header(file)
             digest.update(_sample(file))
@@ -170,6 +176,12 @@ def refuse_code(config: Mapping[str, Any], path: Path) -> None:
             )
         if isinstance(value, Mapping):
             refuse_code(value, path)
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Returns how many tokens a model can read, as its `config.json` says; None where it does not."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(positions) if positions else None
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -13,6 +13,7 @@ SHIPPED_CHECKPOINT = "checkpoints/spec_stream_9m"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ON_LONG = ("truncate_left", "skip", "error")
 WIKITEXT2, REFERENCES = "wikitext2", "references"
+MOST_DRAFT_NODES = 1024  # far beyond what pays; a tree's mask and its growth take the square of its nodes
 PLACE_FIELDS = ("output_dir", "run_name", "resume", "overwrite", "timeout_s")
 
 
@@ -150,8 +151,8 @@ class RunConfig:
             _at_least(name, getattr(self, name), least)
         self._check_sampling()
         self._check_perplexity()
-        if self.draft_nodes != "auto":
-            _at_least("draft_nodes", int(self.draft_nodes), 1)
+        if self.draft_nodes != "auto" and not 1 <= int(self.draft_nodes) <= MOST_DRAFT_NODES:
+            _refuse("draft_nodes", self.draft_nodes, f"auto or a number from 1 to {MOST_DRAFT_NODES}")
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
             _refuse("timeout_s", self.timeout_s, "a number above 0")
         self._check_places()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmark.records import OK, Record
+from benchmark.typed import build
 
 Key = tuple[str, int, int, str]
 
@@ -42,8 +43,8 @@ class Divergence:
 
 
 def from_json(values: Mapping[str, Any]) -> Divergence:
-    """Returns the divergence that a line of `divergences.jsonl` holds."""
-    return Divergence(**values)
+    """Returns the divergence that a line of `divergences.jsonl` holds. Raises TypeError if it is of another kind."""
+    return build(Divergence, values)
 
 
 def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None:

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Read = TypeVar("Read")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -56,21 +58,42 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSON-lines file up to the first line that is torn; none where there is no file."""
+def read_lines(path: Path, read: Callable[[dict[str, Any]], Read]) -> Iterator[Read]:
+    """Yields what the lines of a JSON-lines file hold; none where there is no file.
+
+    A process that ends while it writes tears the last line alone, so a last line that cannot be parsed is left out.
+
+    Args:
+        path: the file.
+        read: turns a line's object into what it stands for; KeyError and TypeError mean that it is something else.
+
+    Raises:
+        ValueError: any other line that cannot be read; the message names file and line.
+    """
     if not path.exists():
         return
+    torn = 0
     with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
+        for number, line in enumerate(file, 1):
+            if torn:
+                raise ValueError(f"line {torn} of {path} cannot be parsed")
+            value = _object(line)
+            if value is None:
+                torn = number
+                continue
             try:
-                value = json.loads(line)
-            except ValueError:
-                return
-            if not isinstance(value, dict):
-                return
-            yield value
+                result = read(value)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"line {number} of {path} is not what this file holds ({error})") from None
+            yield result
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class Appender:

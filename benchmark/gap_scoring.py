@@ -9,7 +9,7 @@ from benchmark.answers import Examples, limits
 from benchmark.config import RunConfig
 from benchmark.crew import Crew
 from benchmark.divergence import Divergence
-from benchmark.files import read_lines, write_lines
+from benchmark.files import write_lines
 from benchmark.records import OK, Record
 from benchmark.run_directory import RunDirectory
 from benchmark.worker_client import WorkerError
@@ -29,18 +29,16 @@ def score_divergences(
         crew: the workers.
         directory: the run's files.
     """
-    path = directory.file("divergences.jsonl")
     records = directory.records()
     found = list(divergence.divergences(records, baseline))
-    known = {
-        item.identity: item for item in map(divergence.from_json, read_lines(path)) if item.gap is not None
-    }
+    before = directory.lines("divergences.jsonl", divergence.from_json)
+    known = {item.identity: item for item in before if item.gap is not None}
     answers = {_key(record): record for record in records if _is_reference(record, baseline)}
     result = []
     for item in found:
         reference = answers[item.dataset, item.batch_size, item.group, item.prompt_id]
         result.append(known.get(item.identity) or _scored(item, reference, config, examples, crew))
-    write_lines(path, map(asdict, result))
+    write_lines(directory.file("divergences.jsonl"), map(asdict, result))
     return result
 
 

@@ -62,8 +62,9 @@ def tokens_per_s(requests: Collection[Totals]) -> float | None:
 
 
 def decode_tokens_per_s(requests: Collection[Totals]) -> float | None:
-    """(Output tokens - 1 a prompt) / decode seconds, pooled over the requests of one repeat."""
-    return _ratio(sum(one.decode_tokens for one in requests), sum(one.decode_s for one in requests))
+    """(Output tokens - 1 a prompt) / decode seconds, pooled over the requests of one repeat. None where nothing was decoded."""
+    tokens = sum(one.decode_tokens for one in requests)
+    return _ratio(tokens, sum(one.decode_s for one in requests)) if tokens else None
 
 
 def ttft_s(records: Iterable[Record]) -> float | None:

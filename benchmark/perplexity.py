@@ -11,10 +11,11 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from benchmark.checkpoint import positions_of
 from benchmark.config import REFERENCES, WIKITEXT2, RunConfig
 from benchmark.crew import Crew
-from benchmark.errors import RunError, UsageError
-from benchmark.files import Appender, read_lines, write_lines
+from benchmark.errors import UsageError
+from benchmark.files import Appender, write_lines
 from benchmark.plan import Cell, RunPlan
 from benchmark.preparation import Data
 from benchmark.progress import Progress
@@ -22,6 +23,7 @@ from benchmark.records import OK, Record
 from benchmark.run_directory import RunDirectory
 from benchmark.summary import Quality
 from benchmark.table import PREFIX
+from benchmark.typed import build
 from benchmark.worker_client import WorkerError
 
 logger = logging.getLogger(__name__)
@@ -72,9 +74,8 @@ class Told:
 
 
 def from_json(values: Mapping[str, Any]) -> Told:
-    """Returns what a line of `perplexity.jsonl` holds. Raises TypeError or KeyError if it is of another kind."""
-    rest = dict(values)
-    return Told(Task(rest.pop("model_type"), rest.pop("text"), rest.pop("dataset")), **rest)
+    """Returns what a line of `perplexity.jsonl` holds. Raises TypeError if it is of another kind."""
+    return build(Told, {**values, "task": build(Task, values)})
 
 
 def check_flags(config: RunConfig, model_config: Mapping[str, Any]) -> None:
@@ -83,13 +84,13 @@ def check_flags(config: RunConfig, model_config: Mapping[str, Any]) -> None:
         raise UsageError(
             "--perplexity references needs a data set with references; synthetic prompts have none."
         )
-    positions = model_config.get("max_position_embeddings") or model_config.get("n_positions")
+    positions = positions_of(model_config)
     if WIKITEXT2 not in config.perplexity or not positions:
         return
     window = config.perplexity_window
     if window == "auto":
-        window = min(int(positions), LONGEST_WINDOW)
-    if int(window) > int(positions):
+        window = min(positions, LONGEST_WINDOW)
+    if int(window) > positions:
         raise UsageError(
             f"--perplexity_window got {window}, expected at most {positions}: the model has no more positions."
         )
@@ -145,16 +146,9 @@ def measure_perplexity(
 
 def _repair(directory: RunDirectory) -> list[Told]:
     """Returns what was answered before, and leaves only this in the file."""
-    path = directory.file(FILE)
-    try:
-        every = [from_json(values) for values in read_lines(path)]
-    except (TypeError, KeyError) as error:
-        raise RunError(
-            f"{path} holds a line that is no perplexity ({error}); add --overwrite to start anew."
-        ) from None
+    every = directory.lines(FILE, from_json)
     kept = list({told.task: told for told in every if told.status == OK}.values())
-    if every:
-        write_lines(path, (told.as_json() for told in kept))
+    write_lines(directory.file(FILE), (told.as_json() for told in kept))
     return kept
 
 

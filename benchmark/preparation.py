@@ -10,7 +10,7 @@ from typing import Any
 from benchmark import checkpoint as checkpoints
 from benchmark.answers import Examples
 from benchmark.assistant import open_assistant
-from benchmark.checkpoint import Checkpoint
+from benchmark.checkpoint import Checkpoint, positions_of
 from benchmark.config import WIKITEXT2, RunConfig
 from benchmark.errors import RunError, UsageError
 from benchmark.hub_checkpoint import fetch
@@ -96,6 +96,15 @@ def check_data_flags(config: RunConfig) -> None:
     if not Path(config.data_dir).is_dir() and (folder_only or not Path(config.data_dir).is_file()):
         raise UsageError(
             f"--data_dir {config.data_dir} is not a folder; give the one that holds the release files."
+        )
+
+
+def check_draft_nodes(config: RunConfig, model_config: Mapping[str, Any]) -> None:
+    """Raises UsageError for a draft tree with more nodes than the model has positions."""
+    positions = positions_of(model_config)
+    if config.draft_nodes != "auto" and positions and int(config.draft_nodes) > positions:
+        raise UsageError(
+            f"--draft_nodes got {config.draft_nodes}, expected at most {positions}: the model has no more positions."
         )
 
 
@@ -203,7 +212,7 @@ def saved_plan(config: RunConfig, saved: Mapping[str, Any], data: Data) -> RunPl
             "restore the data, or give another --run_name, or --overwrite."
         )
     contenders = {
-        name: Contender(name, values["recipe"], values["twin"], values.get("largest_batch"))
+        name: Contender(name, values["recipe"], values.get("twin"), values.get("largest_batch"))
         for name, values in saved["techniques"].items()
     }
     groups = tuple(tuple(names) for names in saved["groups"])

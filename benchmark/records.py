@@ -7,8 +7,10 @@ so a resumed run drops what is left of a torn one and asks again.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from benchmark.typed import build
 
 OK, SKIPPED, OOM, ERROR, TIMEOUT = "ok", "skipped", "oom", "error", "timeout"
 SETTLED = (OK, SKIPPED)
@@ -71,7 +73,7 @@ class Record:
     ttft_s: float | None = None
     total_s: float | None = None
     wall_s: float | None = None
-    steps: tuple[Mapping[str, Any], ...] | None = None
+    steps: tuple[Mapping[str, float | None], ...] | None = None
     finish_reason: str | None = None
     fallbacks: tuple[str, ...] = ()
     truncated: bool = False
@@ -100,17 +102,11 @@ class Record:
 
 
 RARE_FIELDS = ("phases_s", "acceptance_ratio")
-_NAMES = frozenset(item.name for item in fields(Record))
-_TUPLES = ("token_ids", "steps", "fallbacks")
 
 
 def from_json(values: Mapping[str, Any]) -> Record:
     """Returns the record that a line holds. Raises TypeError if it is of another kind."""
-    known = {name: value for name, value in values.items() if name in _NAMES}
-    for name in _TUPLES:
-        if known.get(name) is not None:
-            known[name] = tuple(known[name])
-    return Record(**known)
+    return build(Record, values)
 
 
 def settled(records: Iterable[Record]) -> list[Record]:

@@ -11,8 +11,8 @@ from benchmark.checkpoint import Checkpoint
 from benchmark.config import RunConfig
 from benchmark.crew import Crew
 from benchmark.divergence import Divergence
-from benchmark.errors import EXIT_DONE, EXIT_INCOMPLETE, UsageError
-from benchmark.files import read_json, write_csv, write_json
+from benchmark.errors import EXIT_DONE, EXIT_INCOMPLETE, RunError, UsageError
+from benchmark.files import write_csv, write_json
 from benchmark.gap_scoring import score_divergences
 from benchmark.lock import RunLock
 from benchmark.measure import Measurement
@@ -22,6 +22,7 @@ from benchmark.preparation import (
     ROOT,
     Data,
     check_data_flags,
+    check_draft_nodes,
     first_plan,
     load_data,
     open_checkpoint,
@@ -30,7 +31,8 @@ from benchmark.preparation import (
 )
 from benchmark.records import OK, SETTLED, SKIPPED, Record
 from benchmark.run_directory import SCHEMA_VERSION, RunDirectory
-from benchmark.summary import Facts, Quality, summarise
+from benchmark.summary import Facts, Quality, SummaryRow, summarise
+from benchmark.typed import build
 
 logger = logging.getLogger(__name__)
 
@@ -50,35 +52,41 @@ def carry_out(config: RunConfig, loader: str) -> RunDirectory:
     check_data_flags(config)
     checkpoint = open_checkpoint(config)
     check_flags(config, checkpoint.config)
+    check_draft_nodes(config, checkpoint.config)
     selection.check_precision_plan(config, checkpoint.tensors)
     name = run_directory.run_name(config, checkpoint.fingerprint, datetime.now(UTC).date())
     directory = run_directory.make(config, name)
     with RunLock(directory.path):
-        if config.overwrite:
-            directory.clear()
-        saved = run_directory.check_same(directory, config, checkpoint.fingerprint)
+        saved = (
+            None if config.overwrite else run_directory.check_same(directory, config, checkpoint.fingerprint)
+        )
         selection.check_same_weights(config, saved["techniques"] if saved else {})
-        if saved is None or not is_finished(_summary(directory)):
+        if saved is None or not _has_finished(directory):
             _measure(config, checkpoint, load_data(config), directory, saved, loader)
     return directory
 
 
-def _summary(directory: RunDirectory) -> Any:
-    """Returns the summary, None where there is none or it is damaged: then it is made anew from the records."""
+def _has_finished(directory: RunDirectory) -> bool:
+    """Returns whether a summary says that nothing is left to do; a damaged one is made anew from the records."""
     try:
-        return read_json(directory.file("summary.json"))
-    except ValueError:
-        return None
+        summary = directory.read("summary.json", rows=list, exit_code=int)
+        rows = [build(SummaryRow, row) for row in summary["rows"]]
+        return bool(rows) and is_finished(summary)
+    except (RunError, TypeError, KeyError):
+        return False
 
 
-def is_finished(summary: Mapping[str, Any] | None) -> bool:
-    """Returns whether a run has nothing left to do: every cell was measured, or cannot be here."""
-    return summary is not None and not any(_is_open(row) for row in summary["rows"])
+def is_finished(summary: Mapping[str, Any]) -> bool:
+    """Returns whether a run has nothing left to do: every cell and point was measured, or cannot be here."""
+    return not (
+        any(_is_open(row) for row in summary["rows"])
+        or any(point["status"] not in SETTLED for point in summary.get("acceptance_sweep") or ())
+    )
 
 
 def _is_open(row: Mapping[str, Any]) -> bool:
     """Returns whether something of a row failed that the same command asks for again."""
-    return row["status"] not in SETTLED or is_missing(row)
+    return row["status"] not in SETTLED or is_missing(row) or row.get("breakdown_reason") is not None
 
 
 def _measure(
@@ -125,6 +133,8 @@ def _begin(
     if config.acceptance_sweep and not any(contender.sweeps for contender in chosen.contenders.values()):
         raise UsageError("--acceptance_sweep needs a technique that drafts with our engine: add spec_stream.")
     plan, memory = first_plan(config, chosen, data, checkpoint, machine)
+    if config.overwrite:
+        directory.clear()
     write_json(directory.file("environment.json"), environment.collect(machine, ROOT))
     shown = replace(resolved(config, machine), run_name=directory.path.name)
     saved: dict[str, Any] = {
@@ -149,7 +159,7 @@ def _begin(
 
 
 def _check_machine(directory: RunDirectory, machine: Mapping[str, Any]) -> None:
-    before = (read_json(directory.file("environment.json")) or {}).get("device_name")
+    before = directory.read("environment.json", device_name=str)["device_name"]
     if before != machine["device_name"]:
         raise UsageError(
             f"{directory.path} was begun on {before}, and this is {machine['device_name']}: times would not compare; "
@@ -177,12 +187,11 @@ def _summarise(
     quality = with_perplexity(quality_of(records, data), perplexities)
     rows = [row.as_json() for row in summarise(records, plan, quality, facts)]
     skipped = data.skipped_rows()
-    failed = any(_is_open(row) for row in rows)
     lost = bool(skipped) or any(row["prompts_skipped"] for row in rows)
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run_name": directory.path.name,
-        "exit_code": EXIT_INCOMPLETE if failed or lost else EXIT_DONE,
+        "exit_code": EXIT_DONE,
         "baseline": plan.baseline,
         "n_failed": sum(map(len, skipped.values())) + sum(row["prompts_skipped"] for row in rows),
         "skipped_rows": skipped,
@@ -190,6 +199,8 @@ def _summarise(
     }
     if config.acceptance_sweep:
         summary["acceptance_sweep"] = sweep_points(directory.records("sweep"))
+    if lost or not is_finished(summary):
+        summary["exit_code"] = EXIT_INCOMPLETE
     write_csv(directory.file("summary.csv"), rows)
     write_json(directory.file("summary.json"), summary)
 

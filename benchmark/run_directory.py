@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmark.config import PLACE_FIELDS, RunConfig
 from benchmark.errors import RunError, UsageError
-from benchmark.files import read_json, read_lines, write_atomically, write_json, write_lines
+from benchmark.files import Read, read_json, read_lines, write_atomically, write_json, write_lines
 from benchmark.records import Record, from_json, settled
 
 SCHEMA_VERSION = 1
@@ -27,6 +27,17 @@ OTHER_FILES = (
     "summary.json",
     "summary.csv",
 )
+
+SAVED: dict[str, Any] = {
+    "flags_given": dict,
+    "techniques": dict,
+    "skipped": dict,
+    "groups": list,
+    "data_source": dict,
+    "data_fingerprint": dict,
+    "model_name_or_path": str,
+    "random_weights": bool,
+}  # what resuming and showing a run takes from its config.json
 
 
 @dataclass(frozen=True)
@@ -47,15 +58,20 @@ class RunDirectory:
         """Returns the records of `records`, `warmup`, `breakdown` or `sweep`; a torn last line is left out.
 
         Raises:
-            RunError: a whole line is something else.
+            RunError: another line is no record.
         """
-        path = self.file(f"{kind}.jsonl")
+        return self.lines(f"{kind}.jsonl", from_json)
+
+    def lines(self, name: str, read: Callable[[dict[str, Any]], Read]) -> list[Read]:
+        """Returns what the lines of a file hold, as `read_lines` reads them.
+
+        Raises:
+            RunError: a line that is not torn cannot be read.
+        """
         try:
-            return [from_json(values) for values in read_lines(path)]
-        except TypeError as error:
-            raise RunError(
-                f"{path} holds a line that is no record ({error}); add --overwrite to start anew."
-            ) from None
+            return list(read_lines(self.file(name), read))
+        except ValueError as error:
+            raise RunError(f"{error}; delete that line, or add --overwrite to start anew.") from None
 
     def repair(self, kind: str) -> list[Record]:
         """Returns the records worth keeping, and leaves only these in the file: torn and failed ones are asked for anew."""
@@ -64,8 +80,42 @@ class RunDirectory:
         return kept
 
     def loaded(self) -> dict[str, dict[str, Any]]:
-        """Returns technique -> what its worker said when it had loaded."""
-        return read_json(self.file("techniques.json")) or {}
+        """Returns technique -> what its worker said when it had loaded.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.file("techniques.json")
+        if not path.exists():
+            return {}
+        loaded = self.read(path.name)
+        if not all(isinstance(values, dict) for values in loaded.values()):
+            raise RunError(f"{path} holds no objects; add --overwrite to start anew.")
+        return loaded
+
+    def read(self, name: str, **wanted: type) -> dict[str, Any]:
+        """Returns the JSON object in one of its files.
+
+        Args:
+            name: the file.
+            wanted: fields that it must have, with their types.
+
+        Raises:
+            RunError: it is missing, damaged, or something else.
+        """
+        path = self.file(name)
+        if not path.exists():
+            raise RunError(f"{path} is missing; put it back, or add --overwrite to start anew.")
+        try:
+            values = read_json(path)
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{path} cannot be read ({error}); add --overwrite to start anew.") from None
+        if not isinstance(values, dict):
+            raise RunError(f"{path} holds no object; add --overwrite to start anew.")
+        for field, kind in wanted.items():
+            if not isinstance(values.get(field), kind):
+                raise RunError(f"{path} has no usable '{field}'; add --overwrite to start anew.")
+        return values
 
     def save_loaded(self, loaded: Mapping[str, Mapping[str, Any]]) -> None:
         """Adds what workers said when they had loaded."""
@@ -74,14 +124,12 @@ class RunDirectory:
             write_json(self.file("techniques.json"), before | dict(loaded))
 
     def clear(self) -> None:
-        """Deletes what an earlier run wrote, and nothing else."""
+        """Deletes what an earlier run wrote, and nothing else; logs are emptied, since a new worker may hold one open."""
         names = [*OTHER_FILES, *(f"{kind}.jsonl" for kind in RECORD_FILES)]
-        for path in [
-            *map(self.file, names),
-            *self.path.glob("worker_*.log"),
-            *self.path.glob("figures/*.png"),
-        ]:
+        for path in [*map(self.file, names), *self.path.glob("figures/*.png")]:
             path.unlink(missing_ok=True)
+        for path in self.path.glob("worker_*.log"):
+            os.truncate(path, 0)
 
 
 def run_name(config: RunConfig, fingerprint: str, today: date) -> str:
@@ -149,14 +197,15 @@ def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> 
 
     Raises:
         UsageError: the earlier run had other options, which are named, or resuming is off.
+        RunError: its config is damaged.
     """
-    saved = _saved_config(directory)
-    if saved is None:
+    if not directory.file("config.json").exists():
         if directory.file("records.jsonl").exists():
             raise UsageError(
                 f"{directory.path} holds records without a config.json; add --overwrite to start anew."
             )
         return None
+    saved = directory.read("config.json")
     if not config.resume:
         raise UsageError(
             f"{directory.path} holds an earlier run; add --overwrite, or give another --run_name."
@@ -166,7 +215,8 @@ def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> 
             f"{directory.path} was written by another version of this project (schema {saved.get('schema_version')}, "
             f"expected {SCHEMA_VERSION}); give another --run_name, or --overwrite."
         )
-    asked = saved.get("flags_given") or {}
+    directory.read("config.json", **SAVED)
+    asked = saved["flags_given"]
     now = config.decides_results()
     differing = [
         f"--{name}" for name in sorted({*now, *asked} - set(PLACE_FIELDS)) if now.get(name) != asked.get(name)
@@ -178,25 +228,14 @@ def check_same(directory: RunDirectory, config: RunConfig, fingerprint: str) -> 
         )
     if saved.get("checkpoint_fingerprint") != fingerprint:
         raise UsageError(
-            f"{directory.path} was begun with other weights in {config.model_name_or_path}{_assistant(config)}; "
-            "give another --run_name, or --overwrite."
+            f"{directory.path} was begun with other weights in {config.model_name_or_path}{_assistant(config)}, or with another "
+            "tokenizer or generation_config.json there; give another --run_name, or --overwrite."
         )
     return saved
 
 
 def _assistant(config: RunConfig) -> str:
     return f" or {config.assistant_model}" if config.assistant_model else ""
-
-
-def _saved_config(directory: RunDirectory) -> dict[str, Any] | None:
-    path = directory.file("config.json")
-    try:
-        saved = read_json(path)
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read ({error}); add --overwrite to start anew.") from None
-    if saved is not None and not isinstance(saved, dict):
-        raise UsageError(f"{path} is no run's config; add --overwrite to start anew.")
-    return saved
 
 
 def _shown(values: Mapping[str, Any], flag: str) -> str:

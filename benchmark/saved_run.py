@@ -14,6 +14,8 @@ from typing import Any
 from benchmark.files import read_lines
 from benchmark.prompt_results import PromptResult, from_records, from_table
 from benchmark.records import OK, Record, from_json
+from benchmark.summary import SummaryRow
+from benchmark.typed import build
 
 ROW_FIELDS = ("model_type", "dataset", "batch_size", "status")
 
@@ -138,14 +140,12 @@ def read_records(path: Path) -> list[Record]:
     """Returns the answers of a run; none where there is no file.
 
     Raises:
-        ResultsError: a line is whole, but no record.
+        ResultsError: a line is no record; a torn last one is left out.
     """
     try:
-        return [from_json(line) for line in read_lines(path)]
-    except (KeyError, TypeError) as error:
-        raise ResultsError(
-            f"{path} holds a line that is no answer ({error}): rerun dataset_tps.py"
-        ) from error
+        return list(read_lines(path, from_json))
+    except ValueError as error:
+        raise ResultsError(f"{error}: delete that line and rerun dataset_tps.py") from None
 
 
 def _rows(summary: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -156,6 +156,10 @@ def _rows(summary: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], ..
         missing = [field for field in ROW_FIELDS if not isinstance(row, dict) or field not in row]
         if missing:
             raise ResultsError(f"{path}: row {index} has no {', '.join(missing)}: rerun dataset_tps.py")
+        try:
+            build(SummaryRow, row)
+        except TypeError as error:
+            raise ResultsError(f"{path}: row {index} is damaged ({error}): rerun dataset_tps.py") from None
     return tuple(rows)
 
 

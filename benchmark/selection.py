@@ -55,20 +55,24 @@ def wanted(config: RunConfig) -> tuple[str, ...]:
 
 
 def check_precision_plan(config: RunConfig, tensors: Collection[str]) -> None:
-    """Raises UsageError if a precision plan names a layer that the checkpoint has no weight of.
+    """Raises UsageError if a precision plan cannot be read, or names a layer that the checkpoint has no weight of.
 
     Args:
         config: the run's options.
         tensors: names of the checkpoint's tensors; with random weights there are none, and the worker looks at the model.
     """
     path = config.technique_options.get("precision_plan")
-    if not path or not tensors:
+    if not path:
+        return
+    try:
+        modules = read_plan(path)["modules"]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if not tensors:
         return
     # A checkpoint of the decoder without its head leaves out the first part of every name.
     unknown = [
-        name
-        for name in read_plan(path)["modules"]
-        if not any(f".{name}.weight".endswith(f".{tensor}") for tensor in tensors)
+        name for name in modules if not any(f".{name}.weight".endswith(f".{tensor}") for tensor in tensors)
     ]
     if unknown:
         raise UsageError(

@@ -19,7 +19,8 @@ Repeats = list[dict[str, Totals]]
 class SummaryRow:
     """One cell of a run. `benchmark.metrics` defines the numbers; None where there is none.
 
-    `output_tokens` and `decode_steps` are those of the first repeat, speeds the median over repeats.
+    `output_tokens` and `decode_steps` are those of the first repeat, speeds the median over repeats; `breakdown_reason` says
+    what went wrong in the breakdown run.
     """
 
     model_type: str
@@ -62,6 +63,7 @@ class SummaryRow:
     quality: Mapping[str, float] = field(default_factory=dict)
     quality_unavailable: Mapping[str, str] = field(default_factory=dict)
     breakdown_s: Mapping[str, float] | None = None
+    breakdown_reason: str | None = None
     prompts_truncated: int = 0
     prompts_skipped: int = 0
     answers_cut: int = 0
@@ -149,7 +151,7 @@ def _row(
         **_agreement(cell, by_cell, plan, facts.divergences),
         quality=dict(quality.values),
         quality_unavailable=dict(quality.unavailable),
-        breakdown_s=_breakdown(cell, facts.breakdown),
+        **_breakdown(cell, facts.breakdown),
         fallbacks=tuple(dict.fromkeys([*(loaded.get("fallbacks") or ()), *_fallbacks(records)])),
     )
 
@@ -313,20 +315,23 @@ def _match_rate(own: Iterable[Record], other: Iterable[Record]) -> float | None:
     return sum(equal.values()) / len(equal) if equal else None
 
 
-def _breakdown(cell: Cell, records: Iterable[Record]) -> dict[str, float] | None:
-    """Returns phase -> seconds over the set; the answers of one call share its phases, which count once."""
-    calls = {
-        (record.request, record.call): record.phases_s
+def _breakdown(cell: Cell, records: Iterable[Record]) -> dict[str, Any]:
+    """Returns phase -> seconds over the set, or why it is incomplete; answers of one call share its phases, which count once."""
+    own = [
+        record
         for record in records
         if (record.model_type, record.dataset, record.batch_size)
         == (cell.model_type, cell.dataset, cell.batch_size)
-        and record.status == OK
-    }
+    ]
+    for record in own:
+        if record.status not in SETTLED:
+            return {"breakdown_reason": f"{record.status}: {record.reason}"}
+    calls = {(record.request, record.call): record.phases_s for record in own if record.status == OK}
     phases: dict[str, float] = {}
     for part in calls.values():
         for name, seconds in (part or {}).items():
             phases[name] = phases.get(name, 0.0) + seconds
-    return phases or None
+    return {"breakdown_s": phases or None}
 
 
 def _fallbacks(records: Iterable[Record]) -> list[str]:

@@ -74,7 +74,7 @@ PERPLEXITY_FOOTER = (
 
 
 def print_table(rows: Iterable[Row], title: str, stream: TextIO | None = None) -> None:
-    """Prints the rows of a summary, and why a row has no numbers."""
+    """Prints the rows of a summary, why a row has no numbers, and where prompts were cut."""
     stream = sys.stdout if stream is None else stream
     rows = list(rows)
     cells = [[show(row) for show in COLUMNS.values()] for row in rows]
@@ -87,10 +87,26 @@ def print_table(rows: Iterable[Row], title: str, stream: TextIO | None = None) -
         if row["status"] != OK:
             place = f"{row['model_type']} on {row['dataset']}, batch {row['batch_size']}"
             stream.write(f"{place}: {row['status']}, {row.get('reason')}\n")
+    for remark in cut_prompts(rows):
+        stream.write(remark + "\n")
     if rows:
         stream.write(FOOTER.format(baseline=rows[0]["model_type"]) + "\n")
     if any(name.startswith(PREFIX) for row in rows for name in row.get("quality") or ()):
         stream.write(PERPLEXITY_FOOTER + "\n")
+
+
+def cut_prompts(rows: Iterable[Row]) -> list[str]:
+    """Returns a remark for each data set of which prompts were cut; it counts those of the row with the most."""
+    most: dict[str, Row] = {}
+    for row in rows:
+        cut = row.get("prompts_truncated") or 0
+        if cut > (most.get(row["dataset"], {}).get("prompts_truncated") or 0):
+            most[row["dataset"]] = row
+    return [
+        f"{name}: {row['prompts_truncated']} of {row['prompts']} prompts lost their beginning, to leave room for "
+        "--max_new_tokens within the model's positions"
+        for name, row in most.items()
+    ]
 
 
 def is_terminal(stream: TextIO) -> bool:

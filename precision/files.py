@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark.errors import UsageError
+from benchmark.errors import RunError, UsageError
 from benchmark.files import Appender, read_json, read_lines, write_json, write_lines
 
 CONFIG, UNITS, POINTS = "config.json", "units.jsonl", "plans.jsonl"
@@ -69,9 +69,16 @@ class StudyFiles:
         write_json(self.folder / CONFIG, {"version": VERSION, "basis": dict(basis), **about})
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Returns the whole lines of a file, and leaves only these in it: a call may have been killed while it wrote."""
+        """Returns the whole lines of a file, and leaves only these in it: a call may have been killed while it wrote.
+
+        Raises:
+            RunError: a line before the last cannot be parsed.
+        """
         path = self.folder / name
-        found = list(read_lines(path))
+        try:
+            found = list(read_lines(path, dict))
+        except ValueError as error:
+            raise RunError(f"{error}; delete that line, or add --no-resume to start anew.") from None
         if path.exists():
             write_lines(path, found)
         return found

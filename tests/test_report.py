@@ -224,8 +224,14 @@ def test_mistakes_are_one_line_and_exit_2(words, said, capsys, tmp_path, monkeyp
         ("summary.json", "[]", "expected an object"),
         ("summary.json", "{}", "no list under 'rows'"),
         ("summary.json", '{"rows": [{"dataset": "spider"}]}', "row 0 has no model_type"),
+        (
+            "summary.json",
+            '{"rows": [{"model_type": "a", "dataset": "b", "batch_size": 1, "status": "ok", "tokens_per_s": "x"}]}',
+            "'tokens_per_s' has a value of the wrong type",
+        ),
         ("config.json", "no json", "cannot be read"),
-        ("records.jsonl", '{"model_type": "naive"}\n', "no answer"),
+        ("records.jsonl", '{"model_type": "naive"}\n', "line 1 of "),
+        ("records.jsonl", "x\n{}\n", "records.jsonl cannot be parsed: delete that line"),
     ],
 )
 def test_an_unreadable_run_is_named_and_exits_2(run_dir, capsys, name, content, said):

@@ -23,6 +23,18 @@ def test_the_fingerprint_follows_weights_and_config(tmp_path):
     assert inspect(write_checkpoint(tmp_path / "c", vocab_size=7)).fingerprint != first
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("random_weights", [False, True])
+def test_the_fingerprint_follows_the_files_beside_the_config(tmp_path, name, random_weights):
+    path = write_checkpoint(tmp_path)
+    found = []
+    for text in (None, '{"a": 1}', '{"a": 2}'):
+        if text is not None:
+            (path / name).write_text(text)
+        found.append(inspect(path, random_weights).fingerprint)
+    assert len(set(found)) == 3
+
+
 @pytest.mark.parametrize("keep", [0, 7, 8, 30, -16, -1])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     path = write_checkpoint(tmp_path) / "model.safetensors"

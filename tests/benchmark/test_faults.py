@@ -42,6 +42,29 @@ def test_a_fault_costs_one_cell_and_a_rerun_makes_it_good(bench, fault, status, 
     assert len(comparable(bench.records())) == 2 * 2 * 3 * 2
 
 
+def test_a_fault_of_the_breakdown_is_told_and_a_rerun_makes_it_good(bench):
+    # A warm-up and two repeats of three prompts come before.
+    bench.faults(engine__streams_at_generate={"error": [8]})
+    assert bench.run() == 3
+    row = bench.rows()["spec_stream", "synthetic", 1]
+    assert (row["status"], row["breakdown_s"]) == ("ok", None)
+    assert "error: " in row["breakdown_reason"] and "cannot do that" in row["breakdown_reason"]
+    records = bench.file("records.jsonl").read_bytes()
+    assert bench.run() == 0
+    row = bench.rows()["spec_stream", "synthetic", 1]
+    assert (set(row["breakdown_s"]), row["breakdown_reason"]) == ({"prefill", "forward"}, None)
+    assert bench.file("records.jsonl").read_bytes() == records
+
+
+def test_a_fault_of_the_sweep_is_told_and_a_rerun_makes_it_good(bench):
+    words = ("--acceptance_sweep", "0,1", "--no-breakdown")
+    bench.faults(engine__streams_at_generate={"error": [8]})
+    assert bench.run(*words) == 3
+    assert [point["status"] for point in bench.summary()["acceptance_sweep"]] == ["error", "ok"]
+    assert bench.run(*words) == 0
+    assert [point["status"] for point in bench.summary()["acceptance_sweep"]] == ["ok", "ok"]
+
+
 def test_a_hang_costs_one_cell(bench):
     bench.environment.setattr("benchmark.worker_client.DUMP_S", 0.2)
     bench.faults(engine__streams_at_generate={"hang": [1]})
@@ -66,6 +89,23 @@ def test_a_torn_last_line_is_dropped_and_asked_for_again(bench, tail):
     lines = bench.file("records.jsonl").read_text().splitlines(keepends=True)
     bench.file("records.jsonl").write_text("".join(lines[:-2]) + tail)
     bench.file("summary.json").unlink()
+    assert bench.run() == 0
+    assert comparable(bench.records()) == whole
+
+
+def test_a_broken_line_costs_no_answer_after_it(bench):
+    assert bench.run() == 0
+    whole = comparable(bench.records())
+    path = bench.file("records.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    broken = "".join([*lines[:2], "{broken\n", *lines[3:]])
+    path.write_text(broken)
+    bench.file("summary.json").unlink()
+    assert bench.run() == 1
+    (line,) = [line for line in bench.err.splitlines() if line.startswith("error")]
+    assert f"line 3 of {path} cannot be parsed; delete that line, or add --overwrite" in line
+    assert path.read_text() == broken
+    path.write_text("".join([*lines[:2], *lines[3:]]))
     assert bench.run() == 0
     assert comparable(bench.records()) == whole
 

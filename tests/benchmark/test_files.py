@@ -14,7 +14,7 @@ def test_appended_lines_come_back(tmp_path):
     file.close()
     file.append([{"c": 2}])
     file.close()
-    assert [list(line) for line in read_lines(tmp_path / "a.jsonl")] == [["text"], ["b"], ["c"]]
+    assert list(read_lines(tmp_path / "a.jsonl", list)) == [["text"], ["b"], ["c"]]
     (tmp_path / "a.jsonl").read_bytes().decode("utf-8")
 
 
@@ -22,7 +22,22 @@ def test_appended_lines_come_back(tmp_path):
 def test_a_torn_last_line_is_left_out(tmp_path, tail):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n' + tail)
-    assert list(read_lines(path)) == [{"a": 1}]
+    assert list(read_lines(path, dict)) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("line", [b"x\n", b"[1]\n", b"\n", b"\xff\n", b"[" * 100_000 + b"\n"])
+def test_a_broken_line_that_is_not_the_last_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b'{"a": 2}\n')
+    with pytest.raises(ValueError, match=rf"^line 2 of {path} cannot be parsed$"):
+        list(read_lines(path, dict))
+
+
+def test_a_line_of_another_kind_is_named_wherever_it_stands(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"b": 1}\n')
+    with pytest.raises(ValueError, match=rf"^line 2 of {path} is not what this file holds \('a'\)$"):
+        list(read_lines(path, lambda values: values["a"]))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -62,6 +62,12 @@ def test_nothing_drafted_has_no_acceptance():
     assert metrics.decode_steps([a_record("s", "p0", [1, 2], steps=None)]) is None
 
 
+def test_an_answer_of_one_token_has_no_decode_speed():
+    one = metrics.totals([a_record("s", "p0", [1], 1.5, 1.0)]).values()
+    assert metrics.decode_tokens_per_s(one) is None
+    assert metrics.tokens_per_s(one) == pytest.approx(1 / 1.5)
+
+
 def test_no_tokens_no_number():
     empty = [a_record("s", "p0", [], 0.0, None, steps=())]
     assert metrics.tokens_per_s(metrics.totals(empty).values()) is None

@@ -92,6 +92,19 @@ def test_a_resumed_run_asks_only_for_what_is_missing(bench):
     assert (path.read_bytes(), bench.file("records.jsonl").read_bytes()) == (whole, records)
 
 
+def test_a_torn_first_line_is_asked_for_again(bench):
+    assert bench.run(*BOTH) == 0
+    path = bench.file("perplexity.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:10])
+    bench.file("summary.json").unlink()
+    assert bench.run(*BOTH) == 0
+    assert path.read_bytes() == whole
+    before = snapshot(bench.folder / "results")
+    assert bench.run(*BOTH) == 0
+    assert snapshot(bench.folder / "results") == before
+
+
 @pytest.mark.parametrize(
     ("fault", "words"), [("error", "cannot do that"), ("die", "SIGKILL"), ("oom", "oom: ")]
 )
@@ -146,7 +159,8 @@ def test_a_damaged_file_is_named(bench):
     bench.file("summary.json").unlink()
     bench.file("perplexity.jsonl").write_text('{"model_type": "naive"}\n')
     assert bench.run(*BOTH) == 1
-    assert "perplexity.jsonl holds a line that is no perplexity" in bench.err
+    assert "line 1 of " in bench.err
+    assert "perplexity.jsonl is not what this file holds" in bench.err
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import pytest
+
 from benchmark.records import done_requests, from_json, settled
 from tests.benchmark.builders import a_record
 
@@ -7,6 +9,27 @@ def test_a_record_survives_its_line():
     assert from_json(record.as_json()) == record
     assert "phases_s" not in record.as_json()
     assert from_json(record.as_json() | {"later": 1}) == record
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model_type": 3},
+        {"batch_size": "1"},
+        {"repeat": True},
+        {"request": None},
+        {"token_ids": 5},
+        {"token_ids": [1, "2"]},
+        {"total_s": "1"},
+        {"total_s": float("nan")},
+        {"steps": [3]},
+        {"steps": [{"nodes": "2"}]},
+        {"phases_s": [1]},
+    ],
+)
+def test_a_value_of_another_type_is_refused(damage):
+    with pytest.raises(TypeError, match=f"'{next(iter(damage))}' has a value of the wrong type"):
+        from_json(a_record("naive", "p1", [1, 2]).as_json() | damage)
 
 
 def test_the_fields_of_the_contract_are_there():

@@ -51,6 +51,15 @@ def test_a_plan_that_is_none_writes_nothing(bench, plan):
     assert not (bench.folder / "results").exists()
 
 
+@pytest.mark.parametrize("model_type", ["spec_stream", "naive,int4"])
+@pytest.mark.parametrize("weights", [(), ("--random_weights",)])
+def test_a_plan_that_is_not_there_is_one_line(bench, model_type, weights):
+    assert bench.run("--model_type", model_type, "--precision_plan", "/none", *weights) == 2
+    assert "--precision_plan /none cannot be read" in bench.err
+    assert len(bench.err.splitlines()) == 1
+    assert not (bench.folder / "results").exists()
+
+
 def test_a_plan_that_changed_is_refused_also_by_a_finished_run(bench, plan):
     words = ("--model_type", "naive,int4", "--precision_plan", str(plan()))
     assert bench.run(*words) == 0

@@ -3,7 +3,7 @@ import io
 import pytest
 
 from benchmark.summary import SummaryRow
-from benchmark.table import is_terminal, print_table, quality
+from benchmark.table import cut_prompts, is_terminal, print_table, quality
 
 ROWS = [
     SummaryRow("naive", "e2e_nlg", 1, tokens_per_s=10.0, speedup=1.0, quality={"bleu": 12.345}).as_json(),
@@ -64,6 +64,19 @@ def test_a_summary_without_rows_prints_too():
     stream = io.StringIO()
     print_table([], "title", stream)
     assert "title" in stream.getvalue()
+
+
+def test_prompts_that_were_cut_are_told_once_a_data_set():
+    rows = [
+        SummaryRow("naive", "spider", 1, prompts=8, prompts_truncated=3).as_json(),
+        SummaryRow("static", "spider", 1, prompts=8, prompts_truncated=3).as_json(),
+        SummaryRow("naive", "e2e_nlg", 1, prompts=8).as_json(),
+    ]
+    stream = io.StringIO()
+    print_table(rows, "title", stream)
+    (remark,) = [line for line in stream.getvalue().splitlines() if "lost their beginning" in line]
+    assert remark.startswith("spider: 3 of 8 prompts ")
+    assert cut_prompts(rows[2:]) == []
 
 
 def test_quality_keeps_counts_whole_and_perplexities_to_five_figures():
