@@ -327,8 +327,9 @@ def start_run(
     if reason is not None and model.device.type != "cpu" and options.capture:
         run.statistics.fallbacks.append(f"steps are launched one by one: {reason}")
     slower = gluon_unavailable() if reason is None else None
-    if slower is not None and len(input_ids) * plan.shape.nodes > 1:
-        run.statistics.fallbacks.append(f"products of a few rows pass through shared memory: {slower}")
+    packed = getattr(model.config, "quantization_config", None) is not None
+    if slower is not None and (packed or len(input_ids) * plan.shape.nodes > 1):
+        run.statistics.fallbacks.append(f"products of a few rows, or of packed weights, are slower: {slower}")
     return run
 
 

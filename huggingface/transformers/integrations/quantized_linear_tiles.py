@@ -197,14 +197,19 @@ class Product:
 def choose_tile(device: torch.device, product: Product) -> Tile:
     """Returns the tile of a product of at most 256 rows on a device."""
     measured = _measured(device, product)
-    # Their keys say neither whether a product has zero points nor, at other rows, whether its runs are whole.
-    if isinstance(measured, MatrixRowTile) and not product.takes(measured):
-        return default_tile(product)
-    if isinstance(measured, RowTile) and not product.whole:
-        return default_tile(product)
-    if isinstance(measured, FragmentTile) and not (measured.fits(product) and gluon_unavailable() is None):
-        return default_tile(product)
-    return measured or default_tile(product)
+    return measured if measured is not None and _serves(measured, product) else default_tile(product)
+
+
+def _serves(tile: Tile, product: Product) -> bool:
+    """Returns whether a product can be computed in a tile, with the Triton that is here."""
+    # The keys that tiles are kept by say neither whether a product has zero points nor whether its runs are whole.
+    if isinstance(tile, RowTile):
+        return product.whole
+    if isinstance(tile, RowsTile):
+        return True
+    # These kernels hold numbers where a Triton that was not tried may not put them: one by the compiler's choice, one by Gluon.
+    fits = product.takes(tile) if isinstance(tile, MatrixRowTile) else tile.fits(product)
+    return fits and gluon_unavailable() is None
 
 
 def _measured(device: torch.device, product: Product) -> Tile | None:
@@ -238,14 +243,14 @@ def default_tile(product: Product) -> Tile:
     """
     half = 2 if product.gated else 1
     matrix = default_matrix_tile(product)
-    if product.takes(matrix):
+    if _serves(matrix, product):
         return matrix
     if product.rows == 1 and product.whole:
         wide = 8 if product.outputs >= 8192 else 4
         threads = next(count for count in (128, 64, 32) if count <= max(32, product.pieces))
         return RowTile(wide // half, threads, threads // 32, False)
     fragment = default_fragment_tile(product)
-    if fragment is not None and fragment.fits(product) and gluon_unavailable() is None:
+    if fragment is not None and _serves(fragment, product):
         return fragment
     rows = next((most for most in (16, 32) if product.rows <= most), 64)
     tiles = -(-product.columns // 64) * -(-product.rows // rows)

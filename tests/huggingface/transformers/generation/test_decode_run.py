@@ -20,6 +20,7 @@ from huggingface.transformers.generation.decode_run import (
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.generation.verification import Rule
+from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 
 from .host_runner import HostRunner, use_host_runner
 
@@ -114,8 +115,12 @@ def test_slower_products_are_recorded_where_a_step_has_several_rows(own, monkeyp
     monkeypatch.setattr(decode_run, "uncaptured_reason", lambda *args: None)
     monkeypatch.setattr(decode_run, "gluon_unavailable", lambda: "no Gluon")
     fallbacks = start(_OnCuda(own("gpt_neo"))).statistics.fallbacks
-    assert fallbacks == ["products of a few rows pass through shared memory: no Gluon"]
-    assert start(_OnCuda(own("gpt_neo")), plan=DraftPlan.plain(), drafts="none").statistics.fallbacks == []
+    assert fallbacks == ["products of a few rows, or of packed weights, are slower: no Gluon"]
+    plain = {"plan": DraftPlan.plain(), "drafts": "none"}
+    model = own("gpt_neo")
+    assert start(_OnCuda(model), **plain).statistics.fallbacks == []
+    model.config.quantization_config = PackedWeightsConfig(8)
+    assert start(_OnCuda(model), **plain).statistics.fallbacks == fallbacks
 
 
 def test_the_reason_is_asked_of_the_plan_of_the_call(own, monkeypatch):

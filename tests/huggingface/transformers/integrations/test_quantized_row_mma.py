@@ -225,3 +225,12 @@ def test_on_the_gpu_at_real_sizes(kind, dtype, monkeypatch):
                 monkeypatch.setattr(module, "choose_tile", lambda *_, tile=tile: tile)
                 first = check_loss(given, dtype, activation="silu", gated=gated)
                 assert torch.equal(first, check_loss(given, dtype, activation="silu", gated=gated))
+
+
+@needs_kernels
+def test_with_a_triton_that_was_not_tried_the_other_kernel_computes(monkeypatch):
+    """The assembly relies on where the compiler puts numbers."""
+    product = product_of(6144, 4096, INT4)
+    assert isinstance(default_tile(product), MatrixRowTile)
+    monkeypatch.setattr(tiles, "gluon_unavailable", lambda: "not tried")
+    assert isinstance(default_tile(product), RowTile)
