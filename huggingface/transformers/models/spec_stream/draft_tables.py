@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ...integrations.quantized_linear import QuantizedLinear
+
+AT_ONCE = 16384
+"""Rows of a quantised head that are read back at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,13 @@ class DraftTables:
         Raises:
             ValueError: `vocabulary` is no rising list of the head's tokens.
         """
-        weight = dense_weight(head, dtype)
-        check_draft_vocab(vocabulary, len(weight), "restore model.safetensors, or train the streams again")
+        check_draft_vocab(
+            vocabulary, len(head.weight), "restore model.safetensors, or train the streams again"
+        )
+        packed = isinstance(head, QuantizedLinear)
         return cls(
             vocabulary,
-            weight[vocabulary],
+            head.packed.some(vocabulary).dense(dtype) if packed else head.weight[vocabulary],
             head.bias[vocabulary] if head.bias is not None else None,
             parents,
             tokens[vocabulary] if tokens is not None else None,
@@ -80,9 +86,12 @@ class DraftTables:
         return rows if self.vocabulary is None else self.vocabulary[rows]
 
 
-def dense_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a linear layer's (out, in) weight; a quantised one is read back."""
-    return layer.packed.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight
+def factor_of_head(head: Any, factor: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """Returns `factor` of each row of the head, (vocab, rank); a quantised head is read back a part at a time."""
+    if not isinstance(head, QuantizedLinear):
+        return factor(head.weight)
+    parts = [slice(start, start + AT_ONCE) for start in range(0, head.out_features, AT_ONCE)]
+    return torch.cat([factor(head.packed.some(part).dense(dtype)) for part in parts])
 
 
 def check_draft_vocab(vocabulary: torch.Tensor, vocab: int, advice: str) -> None:

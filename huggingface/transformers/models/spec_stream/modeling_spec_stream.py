@@ -23,7 +23,7 @@ from ...integrations.tensor_version import place_and_version
 from ...masking_utils import attention_mask_from, visible_between, visible_with_streams
 from .checkpoint import StreamCheckpointMixin
 from .configuration_spec_stream import StreamConfig
-from .draft_tables import DraftTables, check_draft_vocab, dense_weight
+from .draft_tables import DraftTables, check_draft_vocab, factor_of_head
 from .fusable import LayerNames
 from .streams import Streams, init_streams
 
@@ -255,11 +255,11 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         embedding, head = self.get_input_embeddings().weight, self.get_output_embeddings()
         factors = (self.streams.transition_in, self.streams.transition_out)
         if torch.is_grad_enabled():
-            return factors[0](embedding), factors[1](dense_weight(head, embedding.dtype))
+            return factors[0](embedding), factor_of_head(head, factors[1], embedding.dtype)
         source = _versions(embedding, head.weight, factors[0].weight, factors[1].weight)
         if self._tables is None or self._tables_source != source:
-            dense = dense_weight(head, embedding.dtype)
-            self._tables, self._tables_source = (factors[0](embedding), factors[1](dense)), source
+            self._tables = factors[0](embedding), factor_of_head(head, factors[1], embedding.dtype)
+            self._tables_source = source
         return self._tables
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from huggingface.transformers.generation.draft_sources import StreamSource
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.graph_runner import release_runners
 from huggingface.transformers.generation.tree_tuning import DraftPlan
-from huggingface.transformers.models.spec_stream import StreamConfig, load_streaming
+from huggingface.transformers.models.spec_stream import StreamConfig, draft_tables, load_streaming
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from models.loading.random_weights import random_model
 from tests.huggingface.transformers.generation.host_runner import use_host_runner
@@ -100,13 +100,19 @@ def test_captured_steps_are_made_anew(make_model, monkeypatch):
     release_runners(model)
 
 
-def test_a_quantised_head_is_read_back(make_model, tmp_path):
+@torch.no_grad()
+def test_a_quantised_head_is_read_back(make_model, tmp_path, monkeypatch):
     model = copy.deepcopy(make_model("llama", hidden_size=48, vocab_size=VOCAB))
     model.set_draft_vocab(DRAFTED)
     model.save_pretrained(tmp_path)
     packed = load_streaming(str(tmp_path), quantization_config=PackedWeightsConfig(4, 32, lm_head="int8"))
     head = packed.get_output_embeddings().packed.dense(packed.dtype)
     assert torch.equal(packed.draft_tables().head, head[DRAFTED.sort().values])
+    monkeypatch.setattr(draft_tables, "AT_ONCE", 7)
+    whole = packed.streams.transition_out(head)
+    torch.testing.assert_close(packed.transition_tables()[1], whole)
+    packed._tables = None
+    torch.testing.assert_close(packed.transition_tables()[1], whole)
     assert torch.equal(_generate(packed, plan=DraftPlan(TREE)), _generate(packed, drafts="none"))
 
 
