@@ -158,11 +158,12 @@ class RunConfig:
         self._check_places()
 
     def _check_lists(self) -> None:
-        for name in ("model_type", "datasets", "batch_size", "perplexity"):
+        for name in ("model_type", "datasets", "batch_size", "perplexity", "acceptance_sweep"):
             values = getattr(self, name)
-            if not values and name != "perplexity":
+            if not values and name not in ("perplexity", "acceptance_sweep"):
                 _refuse(name, "nothing", "at least one value")
-            if len(set(values)) < len(values):
+            # Parts of a technique are the same in any order.
+            if len({"+".join(sorted(str(value).split("+"))) for value in values}) < len(values):
                 _refuse(name, ",".join(map(str, values)), "each value once")
         for size in self.batch_size:
             _at_least("batch_size", size, 1)

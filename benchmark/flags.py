@@ -131,7 +131,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]  # ships no type information
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -143,9 +144,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     by_name = {
         name: item for item in _known().values() for name in (item.name, item.metadata.get("alias")) if name
     }
-    return dict(
-        _from_yaml(path, str(key).replace("-", "_"), value, by_name) for key, value in content.items()
-    )
+    pairs = [_from_yaml(path, str(key).replace("-", "_"), value, by_name) for key, value in content.items()]
+    names = [
+        by_name[key.value.replace("-", "_")].name for key, _ in yaml.compose(text, yaml.SafeLoader).value
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--config {path} gives {name} more than once; leave one line of it.")
+    return dict(pairs)
 
 
 def _from_yaml(path: Path, key: str, value: Any, by_name: "dict[str, Field[Any]]") -> tuple[str, Any]:

@@ -54,6 +54,8 @@ def carry_out(config: RunConfig, loader: str) -> RunDirectory:
     check_flags(config, checkpoint.config)
     check_draft_nodes(config, checkpoint.config)
     selection.check_precision_plan(config, checkpoint.tensors)
+    for flag in selection.unused_flags(config):
+        logger.warning("%s is of no effect: no technique of this run takes it", flag)
     name = run_directory.run_name(config, checkpoint.fingerprint, datetime.now(UTC).date())
     directory = run_directory.make(config, name)
     with RunLock(directory.path):

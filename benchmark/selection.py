@@ -1,7 +1,7 @@
 """`--model_type` -> the techniques of a run: names, recipes, exactness twins, and those that cannot run here."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from benchmark.config import RunConfig
@@ -52,6 +52,14 @@ def wanted(config: RunConfig) -> tuple[str, ...]:
     if len(names) == 1 and SUBJECT in names[0].split("+"):
         return (BASELINE, *names)
     return names
+
+
+def unused_flags(config: RunConfig) -> list[str]:
+    """Returns the flags that were given for techniques which are not in the run."""
+    parts = {part.strip() for name in wanted(config) for part in name.split("+")}
+    read = {item.name for part in parts for item in fields(TECHNIQUES[part])}  # type: ignore[arg-type]  # all are dataclasses
+    given = [*config.technique_options, *(["assistant_model"] if config.assistant_model else [])]
+    return [f"--{name}" for name in given if name not in read]
 
 
 def check_precision_plan(config: RunConfig, tensors: Collection[str]) -> None:

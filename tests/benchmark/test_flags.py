@@ -70,6 +70,8 @@ def test_options_of_techniques_are_flags_too():
         (["--batch_size", "1,0"], "--batch_size got 0"),
         (["--batch_size", "1,,a"], "whole numbers"),
         (["--batch_size", "2,2"], "each value once"),
+        (["--model_type", "int8+spec_stream,spec_stream+int8"], "each value once"),
+        (["--acceptance_sweep", "0.5,0.5"], "each value once"),
         (["--model_type", ","], "at least one"),
         (["--temperature", "nan"], "--temperature got nan"),
         (["--temperature", "-0.5"], "--temperature got -0.5"),
@@ -127,6 +129,8 @@ def test_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
         ("- limit", "holds a list"),
         ("a: [", "is not YAML"),
         ("limit: 0", "--limit got 0"),
+        ("limit: 3\nseed: 1\nlimit: 4", "gives limit more than once"),
+        ("limit: 3\nsample_size: 4", "gives limit more than once"),
     ],
 )
 def test_mistakes_in_the_file(tmp_path, text, expected):

@@ -6,7 +6,7 @@ import pytest
 
 from benchmark.config import RunConfig
 from benchmark.errors import UsageError
-from benchmark.selection import select
+from benchmark.selection import select, unused_flags
 from tests.benchmark.bench import Bench
 
 PLAN = {"default": {"bits": 4, "group_size": 32}, "modules": {}}
@@ -81,3 +81,15 @@ def test_a_checkpoint_in_awqs_format_is_for_awq():
         select(RunConfig(model_type=("int4",)), {"device": "cpu"}, {}, quantized="awq")
     with pytest.raises(UsageError, match="awq cannot run here: .*--calibration_text"):
         select(RunConfig(model_type=("awq",)), {"device": "cpu"}, {})
+
+
+def test_flags_of_techniques_that_are_not_in_the_run_are_told():
+    options = {"technique_options": {"group_size": 32}, "assistant_model": "small"}
+    assert unused_flags(RunConfig(model_type=("spec_stream",), **options)) == [
+        "--group_size",
+        "--assistant_model",
+    ]
+    assert unused_flags(RunConfig(model_type=("naive", "int4+spec_stream"), **options)) == [
+        "--assistant_model"
+    ]
+    assert unused_flags(RunConfig(model_type=("naive", "int4", "assisted"), **options)) == []
