@@ -49,7 +49,7 @@ class _Packed:
     """
 
     def __init__(self, layers: tuple[nn.Linear | Conv1D, ...]):
-        self.sources = [(layer.weight, place_and_version(layer.weight)) for layer in layers]
+        self.sources = [(layer.weight, *place_and_version(layer.weight)) for layer in layers]
         weights = [outputs_first(layer) for layer in layers]
         weight = weights[0].contiguous() if len(layers) == 1 else torch.cat(weights)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -57,10 +57,13 @@ class _Packed:
 
     def holds(self, layers: tuple[nn.Linear | Conv1D, ...]) -> bool:
         """Returns whether no weight was replaced or written to since."""
-        return all(
-            layer._parameters["weight"] is weight and place_and_version(weight) == seen
-            for layer, (weight, seen) in zip(layers, self.sources, strict=True)
-        )
+        # Asked before every product: no calls that can be left out.
+        for layer, (weight, place, version) in zip(layers, self.sources, strict=True):
+            if layer._parameters["weight"] is not weight or weight.data_ptr() != place:
+                return False
+            if not weight.is_inference() and weight._version != version:
+                return False
+        return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the layer packs its own weight; torch cannot copy a packed one."""
