@@ -239,9 +239,8 @@ class PackedWeightsQuantizer(HfQuantizer):
         self, model: Any
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Returns what is saved, `None` for everything; upstream asks here instead of taking what it was given."""
-        if getattr(model.config, "base_model_name_or_path", None) is None:
-            return None, {}
-        return {name: one for name, one in model.state_dict().items() if name.startswith("streams.")}, {}
+        chosen = getattr(model, "weights_to_save", None)  # a model of upstream's has no say
+        return (None if chosen is None else chosen()), {}
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """Returns True: packed tensors are ordinary ones."""

@@ -65,9 +65,12 @@ class StreamCheckpointMixin:
 
     def save_pretrained(self, save_directory, *args: Any, state_dict: dict | None = None, **kwargs: Any):
         """Saves the model, or its streams alone where the configuration names a base model."""
-        if self.config.base_model_name_or_path is not None and state_dict is None:
-            state_dict = stream_weights(self)
+        state_dict = self.weights_to_save() if state_dict is None else state_dict
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def weights_to_save(self) -> dict[str, torch.Tensor] | None:
+        """Returns the weights of the streams where the main ones are the base model's; `None` for all there are."""
+        return None if self.config.base_model_name_or_path is None else stream_weights(self)
 
 
 def stream_weights(model) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ class ModelState:
         ]
         self._tensors = [one for _, _, one in self._parameters if one is not None]
         self._hooks = [hooks for at in modules for hooks in (at._forward_hooks, at._forward_pre_hooks)]
-        self._hook_count = sum(map(len, self._hooks))
+        self._handles = self._hooks_now()
         streams = getattr(model, "streams", None)
         self._of_streams = [] if streams is None else list(streams.parameters())
         self.accept_moves()
@@ -54,8 +54,12 @@ class ModelState:
             all([held.get(name) is child for held, name, child in self._children])
             and all([held.get(name) is one for held, name, one in self._parameters])
             and [one.data_ptr() for one in self._tensors] == self._places
-            and sum(map(len, self._hooks)) == self._hook_count
+            and self._hooks_now() == self._handles
         )
+
+    def _hooks_now(self) -> list[int]:
+        """Returns the hooks there are by torch's numbers, which are never given twice."""
+        return [number for hooks in self._hooks for number in hooks]
 
     def writes(self) -> int:
         """Returns how often parameters of the streams were written to."""

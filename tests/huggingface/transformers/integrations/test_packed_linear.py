@@ -60,26 +60,23 @@ def test_a_weight_kept_as_inputs_by_outputs_equals_the_reference(rows, shape, mo
     assert len(packed) == (rows > 1 or layer.weight.numel() >= packed_linear.LARGE_WEIGHT)
 
 
+CHANGES = {
+    "weight in place": lambda layer: layer.weight.mul_(2.0),
+    "new data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 3.0),
+    "new weight": lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(8, 8))),
+    "new bias": lambda layer: setattr(layer, "bias", nn.Parameter(torch.randn(8))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_a_changed_weight_is_packed_anew(kind):
+def test_a_changed_layer_is_packed_anew(kind, change):
     layer = kind(8, 8)
     pack_linears(nn.Sequential(layer))
     x = torch.randn(1, 4, 8)
     with torch.no_grad():
         layer(x)
-        layer.weight.mul_(2.0)
-        torch.testing.assert_close(layer(x), packed_linear_reference(x, outputs_first(layer), layer.bias))
-
-
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_new_data_and_a_new_bias_are_seen(kind):
-    layer = kind(8, 8)
-    pack_linears(nn.Sequential(layer))
-    x = torch.randn(1, 4, 8)
-    with torch.no_grad():
-        layer(x)
-        layer.weight.data = layer.weight.data * 3.0
-        layer.bias = nn.Parameter(torch.randn(8))
+        change(layer)
         torch.testing.assert_close(layer(x), packed_linear_reference(x, outputs_first(layer), layer.bias))
 
 

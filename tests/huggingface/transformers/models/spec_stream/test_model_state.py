@@ -14,7 +14,6 @@ from torch import nn
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.graph_runner import release_runners
 from huggingface.transformers.generation.tree_tuning import DraftPlan
-from huggingface.transformers.models.spec_stream import model_state
 from huggingface.transformers.models.spec_stream.fused_layers import fused_layers_of
 from huggingface.transformers.models.spec_stream.model_state import state_of, weights_of
 from tests.architectures import with_heads_of
@@ -108,6 +107,11 @@ def test_hooks_are_a_reason_but_the_streams_own(model, kind):
     assert "would not call the hook" in state_of(model).reason
     handle.remove()
     assert state_of(model).reason is None
+    # One of the streams' own gives way to another: as many as before.
+    hooks = next(m._forward_hooks for m in model.decoder_layers()[-1].modules() if m._forward_hooks)
+    hooks.popitem()
+    add(lambda *args: None)
+    assert "would not call the hook" in state_of(model).reason
 
 
 def test_what_upstream_leaves_behind_is_none(model):
@@ -124,7 +128,7 @@ def test_a_hook_that_moves_weights_is_a_reason(model):
 
 def test_weights_on_several_devices_are_a_reason(model):
     model.get_input_embeddings().weight = nn.Parameter(torch.empty(13, 16, device="meta"))
-    assert model_state._scattered(list(model.parameters())) == "the model's weights are on cpu and meta"
+    assert state_of(model).reason == "the model's weights are on cpu and meta"
 
 
 def test_a_copy_has_a_state_of_its_own(model):
