@@ -47,7 +47,7 @@ def run(
     names = flags.shapes.split(",")
     unknown = [name for name in names if name not in shapes]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = triton_support.unavailable(device) or ("no CUDA device" if device.type != "cuda" else None)
+    reason = triton_support.unavailable(device) if device.type == "cuda" else "no CUDA device"
     if unknown or reason:
         parser.error(f"--shapes knows {', '.join(shapes)}; got {unknown}." if unknown else str(reason))
     flags.output_dir.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from benchmark.product_times import FORMATS
 from benchmark.tile_candidates import candidates
 from benchmark.tune_products import TIMED_ROWS, TUNABLE, Tuning, report, run_tile, table
 from huggingface.transformers.integrations import quantized_linear_tiles as tiles
+from huggingface.transformers.integrations.gluon_support import gluon_unavailable
 from huggingface.transformers.integrations.quantized_linear import (
     QuantizedWeight,
     quantized_linear_reference,
@@ -22,6 +23,7 @@ from huggingface.transformers.integrations.quantized_linear_tiles import (
     RowsTile,
     RowTile,
 )
+from huggingface.transformers.integrations.triton_support import triton
 
 WHERE = {"device_name": "cpu", "date": "2026-01-02T03:04:05+00:00", "torch": "2", "triton": "3"}
 
@@ -39,6 +41,7 @@ def tuned() -> Tuning:
 
 @pytest.mark.parametrize("rows", TIMED_ROWS)
 @pytest.mark.parametrize("kind", FORMATS.values(), ids=FORMATS)
+@pytest.mark.skipif(gluon_unavailable() is not None, reason="some candidates are in Gluon")
 def test_every_product_has_candidates_that_fill_the_device(kind, rows):
     for shape in (shape for parts in TUNABLE.values() for shape in parts.values()):
         product = Product(kind, rows, shape.outputs, shape.inner, shape.gated)
@@ -112,6 +115,7 @@ def test_tuning_one_row_alone_leaves_the_rest_of_the_file(tmp_path, monkeypatch)
     assert json.loads(file.read_text(encoding="utf-8")) == before
 
 
+@pytest.mark.skipif(triton is None, reason="the lack of Triton is told first")
 @pytest.mark.parametrize("words", [["--models", "gpt_9b"], ["--rows", "1,17"], []])
 def test_an_unknown_model_or_no_gpu_ends_at_once(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -194,6 +194,7 @@ def check_compiled(kernels: list[tuple], capabilities: tuple[int, ...]) -> None:
         assert all(usage.fits for usage in usages), (kernel, usages)
 
 
+@needs_kernels
 def test_kernels_compile_without_spills(monkeypatch):
     """The largest tile of each number of rows, and a single output, of which Triton makes a constant."""
     sizes = [(2, 1, 256), (8, 6144, 2048), (16, 8192, 2048), (32, 768, 3072), (40, 768, 3072)]

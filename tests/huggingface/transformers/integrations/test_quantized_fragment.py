@@ -172,6 +172,7 @@ def test_rows_that_a_file_lacks_have_the_next_ones_tile(rows, stored, found, mon
     choose_tile.cache_clear()
 
 
+@needs_kernels
 def test_a_measured_tile_is_left_where_it_does_not_fit(monkeypatch):
     """The file's key does not say whether there are zero points."""
     fields = {"rows": 8, "columns": 32, "slices": 2, "runs": 1, "splits": 2, "registers": 200}

@@ -128,6 +128,7 @@ def test_tensors_that_start_anywhere(kind):
     assert torch.equal(quantized_linear(**{**given, "weight": shifted, "rows": rows}), expected)
 
 
+@needs_kernels
 def test_it_is_chosen_only_where_it_computes():
     columns = (1, 2, 4, 6, 8, 12, 768, 2050, 4096, 28672)
     inner = (1, 100, 128, 384, 768, 4096, 14336, 28672, 57344, 65536, 131072)
@@ -163,6 +164,7 @@ def test_tiles_that_do_not_fit(kind, columns, gated, tile):
     assert not product_of(columns, 4096, kind, gated).takes(tile)
 
 
+@needs_kernels
 def test_a_measured_tile_is_left_where_it_does_not_fit(monkeypatch):
     """The file's key does not say whether there are zero points."""
     fields = {"pieces": 32, "fours": 2, "depth": 1}
