@@ -36,7 +36,7 @@ from huggingface.transformers.integrations.row_attention import (
     workspace_sizes,
 )
 from huggingface.transformers.integrations.tree_attention_kernel import tree_attention_kernel
-from huggingface.transformers.integrations.triton_support import unavailable
+from huggingface.transformers.integrations.triton_support import overlaps_launches, unavailable
 
 KEYS_PER_SPLIT = 128
 """Fewer keys than this at full capacity are not worth a program and a part to merge."""
@@ -331,6 +331,6 @@ def tree_attention(
         *keys.stride()[:3], *values.stride()[:3],
         TREE=rows.ancestors is not None, STREAMS=rows.streams, WINDOW=window or 0, GROUP=heads // kv_heads,
         HEAD_DIM=head_dim, WIDTH=padded(head_dim), PARTS=partition.parts, BLOCK_M=partition.block_rows, BLOCK_N=block_keys,
-        num_warps=warps, num_stages=stages,
+        PDL=overlaps_launches(device), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -5,14 +5,14 @@ The query heads of a kv head's group lie side by side in the block (packed row =
 values are read once for all of them. Running maximum, sum and unnormalised output of the rows go from one block of keys to the
 next as in FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1), in powers of two; the parts are merged the same way.
 
-It starts when the kernel in front of it has finished, and so does the kernel behind it. Started early (see `triton_support`), its
-programs crowd onto the multiprocessors that happen to be free, and those of the product behind it take their place on others: a
-step with a tree of 32 nodes took 6 % longer with both, 3 % with the latter alone (H200, GPT-Neo-1.3B's shape).
+It starts when the kernel in front of it has finished, and lets the one behind it start at once (see `triton_support`): the output
+product fetches its weights meanwhile, which is 0.8 to 2 us a layer (H200; GPT-Neo-125M and 1.3B, 8 and 32 nodes). Started early
+itself, its programs crowd onto the multiprocessors that happen to be free, and a layer takes 1 us longer.
 """
 
 from __future__ import annotations
 
-from huggingface.transformers.integrations.triton_support import jit, tl
+from huggingface.transformers.integrations.triton_support import jit, release_dependents, tl
 
 
 @jit
@@ -165,9 +165,10 @@ def tree_attention_kernel(
     nodes, rows, slots, scale,
     key_batch_stride, key_head_stride, key_slot_stride, value_batch_stride, value_head_stride, value_slot_stride,
     TREE: tl.constexpr, STREAMS: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attends one block of rows of one kv head to one part of the keys. Grid: (row blocks * parts, kv heads, batch)."""
+    release_dependents(PDL)
     part = tl.program_id(0) % PARTS
     row_blocks = tl.num_programs(0) // PARTS
     # The last rows of a sequence have the most keys, so they start first.
