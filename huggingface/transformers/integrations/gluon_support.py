@@ -18,9 +18,10 @@ TRIED = ("3.6.", "3.7.")
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gluon_language
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy as gluon_copy
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2 as gluon_mma
 except ImportError:  # no Triton, or one without Gluon
-    gluon = gluon_language = gluon_mma = None
+    gluon = gluon_language = gluon_copy = gluon_mma = None
 
 
 def gluon_unavailable() -> str | None:
@@ -52,6 +53,8 @@ def _stand_in() -> SimpleNamespace:
         DotOperandLayout=_nothing,
         SliceLayout=_nothing,
         BlockedLayout=_nothing,
+        SwizzledSharedLayout=_nothing,
+        allocate_shared_memory=lambda kind, shape, layout: _Shared(shape[0]),
         arange=lambda start, end, layout: tl.arange(start, end),
         zeros=lambda shape, dtype, layout: tl.zeros(shape, dtype),
         convert_layout=lambda value, layout, assert_trivial=False: value,
@@ -60,6 +63,46 @@ def _stand_in() -> SimpleNamespace:
 
 def _nothing(*_args: object) -> None:
     """Stands in for a layout."""
+
+
+class _Shared:
+    """Stands in for shared memory of several places, each filled and read as a whole."""
+
+    def __init__(self, places: Any) -> None:
+        self._held: list[Any] = [None] * int(places)
+
+    def index(self, place: Any) -> _Place:
+        """Returns one place."""
+        return _Place(self._held, int(place.handle.data[0] if hasattr(place, "handle") else place))
+
+
+class _Place:
+    """Stands in for a view of shared memory."""
+
+    def __init__(self, held: list[Any], number: int, turned: bool = False) -> None:
+        self._held, self._number, self._turned = held, number, turned
+
+    def fill(self, value: Any) -> None:
+        """Replaces what is there."""
+        self._held[self._number] = value
+
+    def permute(self, _order: object) -> _Place:
+        """Returns the view with its two dimensions exchanged."""
+        return _Place(self._held, self._number, not self._turned)
+
+    def load(self, _layout: object) -> Any:
+        """Returns what is there."""
+        value = self._held[self._number]
+        return tl.trans(value) if self._turned else value
+
+
+def _copy_stand_in() -> SimpleNamespace:
+    """Returns copies to shared memory that have arrived when they are asked for."""
+    return SimpleNamespace(
+        async_copy_global_to_shared=lambda place, pointers: place.fill(tl.load(pointers)),
+        commit_group=lambda: None,
+        wait_group=lambda outstanding: None,
+    )
 
 
 def _layout_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,12 +115,13 @@ def _layout_function(function: Callable[..., Any]) -> Callable[..., Any]:
 if interpreting() or gluon is None:
     gl: Any = _stand_in()
     gluon_jit: Any = jit
+    async_copy: Any = _copy_stand_in()
 
     def mma_v2(a: Any, b: Any, acc: Any) -> Any:
         """Returns acc + a @ b, as the instruction does."""
         return tl.dot(a, b, acc)
 else:
-    gl, gluon_jit, mma_v2 = gluon_language, gluon.jit, gluon_mma
+    gl, gluon_jit, async_copy, mma_v2 = gluon_language, gluon.jit, gluon_copy, gluon_mma
 
 
 @_layout_function

@@ -1,6 +1,7 @@
 """Linear layers for the few rows of a decode step: two to thirty-two, more for small models; one of them in `gemv.py`.
 
-Here are the dispatcher, :func:`linear`, and the kernel for any size. Sizes that `fragment_linear.py` computes faster go there.
+Here are the dispatcher, :func:`linear`, and the kernel for any size. Sizes that `fragment_linear.py` or `staged_linear.py`
+computes faster go there.
 
 Such a product reads every weight once and computes next to nothing, so it lives from bytes in flight. The weight tile is the
 *left* operand of the matrix product (its many rows fill the tensor core's long side, the step's few rows the short one), the
@@ -27,6 +28,7 @@ from .fragment_linear import choose_fragment_tile, launch_fragment
 from .fused_norm import add_norm
 from .gemv import WIDEST_NORM, activate, gemv
 from .gluon_support import gluon_unavailable
+from .staged_linear import choose_splits, launch_staged
 from .triton_support import (
     jit,
     overlaps_launches,
@@ -141,16 +143,21 @@ def linear(
     if norm is not None and not single:
         rows, _ = add_norm(rows, None, norm)
         norm, single = None, count == 1
-    registers_only = not gated and gluon_unavailable() is None
-    tile = choose_fragment_tile(count, columns, inner) if registers_only else None
+    with_layouts = not gated and gluon_unavailable() is None
+    tile = choose_fragment_tile(count, columns, inner) if with_layouts else None
+    splits = choose_splits(count, columns, inner) if with_layouts and tile is None else None
     here = single or (runs_here(count, inner) and inner <= MOST_INPUTS)
-    if tile is None and not here:
+    if tile is None and splits is None and not here:
         return _library_linear(rows, weight, bias, activation, gated, residual)
     output = rows.new_empty(*rows.shape[:-1], columns)
     if single:
         gemv(rows, weight, bias, ACTIVATIONS[activation], gated, residual, norm, output)
     elif tile is not None:
         launch_fragment(tile, rows, weight, bias, ACTIVATIONS[activation], residual, output)
+    elif splits is not None:
+        launch_staged(
+            splits, rows, weight, bias, ACTIVATIONS[activation], residual, output, arrivals(rows.device)
+        )
     else:
         _launch(rows, weight, bias, activation, gated, residual, output)
     return output

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .chain_drafting import draft_chain
 from .tree_drafting_kernels import draft_level_kernel, draft_selection_kernel
 from .tree_drafting_workspace import (
     SELECTION_WARPS,
@@ -170,6 +171,9 @@ def _draft_tree_triton(
         raise ValueError(
             "the workspace was allocated for another batch, beam, number of streams or of nodes."
         )
+    if beam == 1 and continuation is None:
+        draft_chain(logits, root, parent_table, token_table, tree, workspace, vocabulary)
+        return
     length = continuation.shape[1] if continuation is not None else 0
     lists = (workspace.scored, workspace.parts, workspace.sums, workspace.tokens, workspace.parents)
     warps = block_warps(sizes["BLOCK"])

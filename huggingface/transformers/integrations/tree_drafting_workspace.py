@@ -38,6 +38,8 @@ class DraftWorkspace:
         sums: (batch, streams, slots) float32 pool: log-probabilities summed from the root, -inf for none.
         tokens: (batch, streams, slots) int32 pool: tokens.
         parents: (batch, streams, slots) int32 pool: place of the parent in the row's flattened pool, -1 for the root.
+        best: (batch, streams) int64 keys of each level's best token, where the tree is a chain (:mod:`.chain_drafting`); the
+            lowest between steps.
     """
 
     beam: int
@@ -47,6 +49,7 @@ class DraftWorkspace:
     sums: torch.Tensor
     tokens: torch.Tensor
     parents: torch.Tensor
+    best: torch.Tensor
 
     @classmethod
     def allocate(
@@ -90,6 +93,7 @@ class DraftWorkspace:
             sums=empty(*pool, dtype=torch.float32, fill=float("-inf")),
             tokens=empty(*pool, dtype=torch.int32),
             parents=empty(*pool, dtype=torch.int32, fill=-1),
+            best=empty(batch, streams, dtype=torch.int64, fill=-(2**63)),
         )
 
 
