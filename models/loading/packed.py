@@ -53,12 +53,10 @@ def plan_config(plan: Mapping[str, Any], lm_head: str | None = None) -> PackedWe
 def loading_options(weights: str | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Returns what `from_pretrained` is told of a recipe's weights; nothing where they stay as they are.
 
-    Peers quantise on the device they will run on, so they are read there at once.
+    What is quantised is read at once on the device it will run on, which packs it in no time.
     """
-    if weights in PEERS:
-        return {"quantization_config": _peer_config(str(weights), dtype), "device_map": {"": device}}
-    ours = packed_config(weights)
-    return {} if ours is None else {"quantization_config": ours}
+    config = _peer_config(str(weights), dtype) if weights in PEERS else packed_config(weights)
+    return {} if config is None else {"quantization_config": config, "device_map": {"": device}}
 
 
 def _peer_config(weights: str, dtype: torch.dtype) -> Any:

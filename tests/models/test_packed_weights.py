@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from huggingface.transformers.integrations.quantized_linear import QuantizedLinear
@@ -13,7 +14,7 @@ from models import Machine, Recipe, fold, unavailable
 from models.answer import Limits
 from models.awq import unreadable
 from models.loading import load
-from models.loading.packed import check_unquantized, packed_config
+from models.loading.packed import check_unquantized, loading_options, packed_config
 from tests.architectures import inner_field, with_heads_of
 
 CPU = Machine("cpu")
@@ -67,6 +68,13 @@ def test_a_head_in_8_bits(weights, text, stream_checkpoint):
     tied = kept.model.get_output_embeddings().weight is kept.model.get_input_embeddings().weight
     change = head.weight.nbytes + head.weight_scale.nbytes - (0 if tied else embeddings.nbytes)
     assert packed.weight_bytes - kept.weight_bytes == change
+
+
+def test_weights_are_packed_on_the_device_they_run_on():
+    options = loading_options("int4-group128", torch.bfloat16, "cuda:0")
+    assert options["device_map"] == {"": "cuda:0"}
+    assert options["quantization_config"].bits == 4
+    assert loading_options(None, torch.bfloat16, "cuda:0") == {}
 
 
 def test_a_packed_head_says_the_same_to_every_decoder(stock_checkpoint):
