@@ -23,6 +23,7 @@ import torch
 from transformers.generation.logits_process import EtaLogitsWarper
 
 from ..integrations import triton_support
+from ..integrations.compile_ahead import compile_ahead
 from ..models.spec_stream.model_state import state_of, weights_of
 from .step_record import PhaseTimer
 from .tree_tuning import DraftPlan
@@ -191,6 +192,7 @@ class GraphRunner:
         self._side = torch.cuda.Stream(self.device)
         self._first = self._outlet(self.step_buffers.first)
         self._outlets = [self._outlet(self.step_buffers.packed) for _ in range(self.ahead + 1)]
+        compile_ahead(self.device, [self._all_passes])
         # What a sampled call draws must not depend on whether it found its graphs made.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             self._prefills = {seq: self._capture_prefill(seq) for seq in self._buckets()}
@@ -212,8 +214,20 @@ class GraphRunner:
             sizes.append(min(2 * sizes[-1], self.geometry.longest_prompt))
         return sizes
 
+    def _all_passes(self) -> None:
+        """Does what will be captured, on no prompt in particular."""
+        buffers, batch = self.step_buffers, self.geometry.batch
+        lengths = torch.ones(batch, dtype=torch.int64, device=self.device)
+        for seq in self._buckets():
+            buffers.prepare_prefill(seq)
+            buffers.prefill(torch.zeros(batch, seq, dtype=torch.int64, device=self.device), lengths)
+        buffers.forward()
+        buffers.verify()
+        buffers.commit()
+        buffers.draft()
+
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Returns the graph of some work. The first run of it compiles kernels and fills caches, which no capture may do."""
+        """Returns the graph of some work. Its first run fills caches and compiles what is not compiled yet, which no capture may."""
         work()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()

@@ -15,6 +15,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from ..cache_utils import StaticTreeCache
+from ..integrations.compile_ahead import compile_ahead
 from ..integrations.packed_linear import pack_linears
 from ..integrations.repacked_int4 import repack_linears
 from .decode_step import DecodeState, decode_step
@@ -130,7 +131,10 @@ def captured_step_seconds(
     pool = torch.cuda.graph_pool_handle()
     try:
         for plan in reversed(plans):  # the largest first: if memory is short, it shows at once
-            steps[plan] = _CapturedStep(model, plan, context, batch, pool)
+            steps[plan] = _CapturedStep(model, plan, context, batch)
+        compile_ahead(model.device, [step.work for step in steps.values()])
+        for step in steps.values():
+            step.capture(pool)
         return interleaved_medians(plans, lambda plan: steps[plan].seconds(context))
     finally:
         steps.clear()
@@ -138,11 +142,13 @@ def captured_step_seconds(
 
 
 class _CapturedStep:
-    """A plan's whole step in one graph."""
+    """A plan's whole step, in one graph once it is captured."""
 
-    def __init__(self, model, plan: DraftPlan, context: int, batch: int, pool: Any):
+    graph: Any
+
+    def __init__(self, model, plan: DraftPlan, context: int, batch: int):
         from .fused_step import FusedStep  # which needs the plans, and those need this module
-        from .graph_runner import capture_stream, geometry_of
+        from .graph_runner import geometry_of
 
         self.device = model.device
         rule = Rule(LogitsProcessorList())
@@ -150,13 +156,19 @@ class _CapturedStep:
         geometry = geometry_of(model, batch, context, room, plan, rule, False)
         self.buffers = FusedStep(model, batch, geometry.capacity, plan, rule)
         self._rewind(context)
-        self._work()  # compiles kernels and fills caches, which no capture may do
+
+    def capture(self, pool: Any) -> None:
+        """Captures the step into a pool of graphs."""
+        from .graph_runner import capture_stream
+
+        self.work()  # fills caches, and compiles what is not compiled yet; no capture may
         torch.cuda.synchronize(self.device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, stream=capture_stream(self.device)):
-            self._work()
+            self.work()
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """Does a step."""
         self.buffers.forward()
         self.buffers.verify()
         self.buffers.commit()

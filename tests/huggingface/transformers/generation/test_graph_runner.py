@@ -334,6 +334,27 @@ def test_padding_of_a_bucket_is_not_seen(host):
 
 
 @torch.no_grad()
+def test_kernels_of_all_passes_are_compiled_before_the_first_is_captured(host, monkeypatch):
+    done, walked = [], []
+    monkeypatch.setattr(graph_runner, "compile_ahead", lambda device, works: walked.extend(works))
+    capture = HostRunner._capture
+    monkeypatch.setattr(
+        HostRunner, "_capture", lambda self, work: done.append(len(walked)) or capture(self, work)
+    )
+    runner = host(TREE)
+    assert done
+    assert min(done) == 1
+    for name in ("prefill", "forward", "verify", "commit", "draft"):
+        work = getattr(runner.step_buffers, name)
+        monkeypatch.setattr(
+            runner.step_buffers, name, lambda *given, work=work, name=name: (done.append(name), work(*given))
+        )
+    done.clear()
+    walked[0]()
+    assert done == ["prefill"] * len(runner._prefills) + ["forward", "verify", "commit", "draft"]
+
+
+@torch.no_grad()
 def test_the_first_token_is_read_before_anything_is_drafted(host, monkeypatch):
     """It leaves on a branch of its own, so that the time to the first token holds no drafting."""
     done = []

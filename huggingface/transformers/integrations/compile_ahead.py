@@ -1,0 +1,126 @@
+"""Compiles the kernels of some work beside each other before it is done for the first time.
+
+A kernel is compiled when it is first launched, half a second or more each, one after the other. A first answer waits for some
+thirty of them, measuring a dozen draft trees for some two hundred. So the work is walked through once without doing it: a launch of
+a kernel only asks for its compilation, which threads do (the compiler holds Python's lock for a tenth of its time), and all that
+happens of PyTorch's operations is that their results get memory. Nothing is computed, so nothing can go wrong with numbers that
+were never filled in.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers.utils import logging
+
+from .triton_support import interpreting, triton
+
+MOST_THREADS = 16
+LIKE = (
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty_strided",
+)
+"""Operations that take a tensor and read only its size; done for real, because what they make may be kept."""
+
+logger = logging.get_logger(__name__)
+
+
+def compile_ahead(device: torch.device, works: Iterable[Callable[[], object]]) -> None:
+    """Compiles what the works would launch. Where that is not possible, they compile it themselves, one kernel after another.
+
+    Args:
+        device: where they run.
+        works: functions as they could be captured in a graph: they read nothing back to the host.
+    """
+    if device.type != "cuda" or interpreting() or not hasattr(triton, "AsyncCompileMode"):
+        return
+    try:
+        threads = min(MOST_THREADS, os.cpu_count() or 1)
+        # What cannot be compiled says so when it is launched.
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            walk_through(works)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the work itself must go on
+        logger.warning(f"kernels are compiled one after another, not beside each other: {error}")
+
+
+def walk_through(works: Iterable[Callable[[], object]]) -> None:
+    """Calls the works; kernels are not launched, and operations not done."""
+    with _no_launches(), _Undone():
+        for work in works:
+            work()
+
+
+@contextmanager
+def _no_launches() -> Iterator[None]:
+    """Makes every launch of a Triton kernel by this thread a request to compile it."""
+    kind, walker = triton.runtime.JITFunction, threading.get_ident()
+    launch = kind.run
+
+    def run(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        return launch(kernel, *args, warmup=warmup or threading.get_ident() == walker, **kwargs)
+
+    kind.run = run
+    try:
+        yield
+    finally:
+        kind.run = launch
+
+
+class _Undone(TorchDispatchMode):
+    """Gives operations results of the right size without doing them; only views and new tensors are real."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        taken = [argument.alias_info for argument in func._schema.arguments if argument.alias_info]
+        tensors: list[torch.Tensor] = []
+        tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
+        makes = not tensors or func.overloadpacket.__name__ in LIKE
+        if makes or (taken and not any(alias.is_write for alias in taken)):
+            return func(*args, **kwargs)
+        device = kwargs.get("device") or tensors[0].device
+        described = dict(kwargs, device="meta") if "device" in kwargs else kwargs
+        result = func(
+            *tree_map_only(torch.Tensor, _described, args),
+            **tree_map_only(torch.Tensor, _described, described),
+        )
+        if taken:
+            return _written(func, args, kwargs)
+        return tree_map_only(
+            torch.Tensor,
+            lambda one: torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device),
+            result,
+        )
+
+
+def _described(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor of the same size that holds nothing."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns what an operation that writes to its arguments returns: those."""
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    written = [
+        named[a.name]
+        for a in func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write and a.name in named
+    ]
+    count = len(func._schema.returns)
+    return None if count == 0 else written[0] if count == 1 else tuple(written[:count])

@@ -1,0 +1,118 @@
+"""Walks through captured steps for a GPU that is not there and compiles their kernels, in a process where none is interpreted.
+
+Prints a JSON object: `asked`, kernels that the walk asked for; `again`, those of them that a second walk, which finds what the
+first one compiled, had to compile; `touched`, whether the walk changed a buffer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from huggingface.transformers.integrations import triton_support
+
+# Before any module takes these by name.
+triton_support.unavailable = lambda device: None
+triton_support.overlaps_launches = lambda device: True
+
+from transformers import LogitsProcessorList  # noqa: E402
+
+from huggingface.transformers.generation.draft_tree import TreeShape  # noqa: E402
+from huggingface.transformers.generation.fused_step import FusedStep  # noqa: E402
+from huggingface.transformers.generation.tree_tuning import BEAM, DraftPlan  # noqa: E402
+from huggingface.transformers.generation.verification import Rule  # noqa: E402
+from huggingface.transformers.integrations.compile_ahead import walk_through  # noqa: E402
+from huggingface.transformers.models.spec_stream.architectures.gpt_neo import (  # noqa: E402
+    StreamGPTNeoConfig,
+    StreamGPTNeoForCausalLM,
+)
+
+
+class Driver:
+    """What Triton asks of a driver before it launches anything."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def model() -> StreamGPTNeoForCausalLM:
+    config = StreamGPTNeoConfig(
+        vocab_size=300, num_layers=2, hidden_size=128, num_heads=2, intermediate_size=256, window_size=32, streams=2,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=128, stream_layers=1, transition_rank=16,
+    )  # fmt: skip
+    return StreamGPTNeoForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def passes(step: FusedStep) -> None:
+    step.prepare_prefill(64)
+    step.prefill(torch.zeros(1, 64, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+    step.forward()
+    step.verify()
+    step.commit()
+    step.draft()
+
+
+@torch.inference_mode()
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())
+    plans = [DraftPlan(TreeShape((-1, 0, 0), 2), beam=1), DraftPlan(TreeShape((-1, *[0] * 7), 2), beam=BEAM)]
+    decoder = model()
+    steps = [FusedStep(decoder, 1, 96, plan, Rule(LogitsProcessorList())) for plan in plans]
+    before = [buffer.clone() for step in steps for buffer in buffers_of(step)]
+    counts = []
+    for _ in range(2):
+        asked: list[bool] = []
+        triton.knobs.compilation.listener = lambda **told: asked.append(not told["cache_hit"])  # noqa: B023
+        for kernel in kernels():
+            kernel.device_caches.clear()
+        with ThreadPoolExecutor(2) as pool, triton.AsyncCompileMode(pool):
+            walk_through([lambda step=step: passes(step) for step in steps])
+        counts.append((len(asked), sum(asked)))
+    same = [
+        torch.equal(*pair) for pair in zip(before, (b for s in steps for b in buffers_of(s)), strict=True)
+    ]
+    assert counts[0][0] == counts[1][0]
+    sys.stdout.write(
+        json.dumps({"asked": counts[0][0], "again": counts[1][1], "touched": not all(same)}) + "\n"
+    )
+
+
+def buffers_of(step: FusedStep) -> list[torch.Tensor]:
+    state, tree = step.state, step.tree
+    return [
+        state.root,
+        state.lengths,
+        state.finished,
+        tree.tokens,
+        tree.parents,
+        step.packed,
+        step.path,
+        step.first,
+        step.cache.below,
+    ]
+
+
+def kernels() -> set[triton.runtime.JITFunction]:
+    """Returns the kernels of all modules of ours that are loaded."""
+    return {
+        value
+        for name, module in list(sys.modules.items())
+        if name.startswith("huggingface.transformers.integrations")
+        for value in vars(module).values()
+        if isinstance(value, triton.runtime.JITFunction)
+    }
+
+
+if __name__ == "__main__":
+    main()
