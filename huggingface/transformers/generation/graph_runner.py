@@ -227,7 +227,7 @@ class GraphRunner:
         buffers.draft()
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Returns the graph of some work. Its first run fills caches and compiles what is not compiled yet, which no capture may."""
+        """Returns the graph of some work. The first run of it fills caches and compiles what is left, which no capture may do."""
         work()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
