@@ -227,7 +227,7 @@ class GraphRunner:
         buffers.draft()
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Returns the graph of some work. The first run of it fills caches and compiles what is left, which no capture may do."""
+        """Returns the graph of some work. It runs once before: that fills caches and compiles what is left, as no capture may."""
         work()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
