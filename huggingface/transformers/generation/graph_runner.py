@@ -227,7 +227,7 @@ class GraphRunner:
         buffers.draft()
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Returns the graph of some work. It runs once before: that fills caches and compiles what is left, as no capture may."""
+        """Returns the graph of some work. A run of it in front fills caches and compiles what is left; no capture may do that."""
         work()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
