@@ -1,10 +1,10 @@
 """Compiles the kernels of some work beside each other before it is done for the first time.
 
 A kernel is compiled when it is first launched, half a second or more each, one after the other. A first answer waits for some
-thirty of them, measuring a dozen draft trees for some two hundred. So the work is walked through once without doing it: a launch of
-a kernel only asks for its compilation, which threads do (the compiler holds Python's lock for a tenth of its time), and all that
-happens of PyTorch's operations is that their results get memory. Nothing is computed, so nothing can go wrong with numbers that
-were never filled in.
+thirty of them, measuring a dozen draft trees for some two hundred. So the work is walked through once without doing it: a launch
+of a kernel only asks for its compilation, which threads do (the compiler holds Python's lock for a tenth of its time), and all
+that happens of PyTorch's operations is that their results get memory. Nothing is computed, so nothing can go wrong with numbers
+that were never filled in.
 """
 
 from __future__ import annotations
