@@ -9,28 +9,24 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import torch
 import triton
+from transformers import LogitsProcessorList
 from triton.backends.compiler import GPUTarget
 
-from huggingface.transformers.integrations import triton_support
-
-# Before any module takes these by name.
-triton_support.unavailable = lambda device: None
-triton_support.overlaps_launches = lambda device: True
-
-from transformers import LogitsProcessorList  # noqa: E402
-
-from huggingface.transformers.generation.draft_tree import TreeShape  # noqa: E402
-from huggingface.transformers.generation.fused_step import FusedStep  # noqa: E402
-from huggingface.transformers.generation.tree_tuning import BEAM, DraftPlan  # noqa: E402
-from huggingface.transformers.generation.verification import Rule  # noqa: E402
-from huggingface.transformers.integrations.compile_ahead import walk_through  # noqa: E402
-from huggingface.transformers.models.spec_stream.architectures.gpt_neo import (  # noqa: E402
+from huggingface.transformers.generation.draft_tree import TreeShape
+from huggingface.transformers.generation.fused_step import FusedStep
+from huggingface.transformers.generation.tree_tuning import BEAM, DraftPlan
+from huggingface.transformers.generation.verification import Rule
+from huggingface.transformers.integrations.compile_ahead import walk_through
+from huggingface.transformers.models.spec_stream.architectures.gpt_neo import (
     StreamGPTNeoConfig,
     StreamGPTNeoForCausalLM,
 )
+
+OURS = "huggingface.transformers."
 
 
 class Driver:
@@ -48,7 +44,7 @@ class Driver:
 
 def model() -> StreamGPTNeoForCausalLM:
     config = StreamGPTNeoConfig(
-        vocab_size=300, num_layers=2, hidden_size=128, num_heads=2, intermediate_size=256, window_size=32, streams=2,
+        vocab_size=300, num_layers=2, hidden_size=256, num_heads=4, intermediate_size=512, window_size=32, streams=2,
         attention_types=[[["global", "local"], 1]], max_position_embeddings=128, stream_layers=1, transition_rank=16,
     )  # fmt: skip
     return StreamGPTNeoForCausalLM(config).to(torch.bfloat16).eval()
@@ -66,6 +62,11 @@ def passes(step: FusedStep) -> None:
 @torch.inference_mode()
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
+    for module in modules():
+        # Tensors are a CPU's here.
+        for name, answer in (("unavailable", None), ("overlaps_launches", True)):
+            if hasattr(module, name):
+                setattr(module, name, lambda device, answer=answer: answer)
     plans = [DraftPlan(TreeShape((-1, 0, 0), 2), beam=1), DraftPlan(TreeShape((-1, *[0] * 7), 2), beam=BEAM)]
     decoder = model()
     steps = [FusedStep(decoder, 1, 96, plan, Rule(LogitsProcessorList())) for plan in plans]
@@ -103,15 +104,14 @@ def buffers_of(step: FusedStep) -> list[torch.Tensor]:
     ]
 
 
+def modules() -> list[ModuleType]:
+    return [module for name, module in list(sys.modules.items()) if name.startswith(OURS)]
+
+
 def kernels() -> set[triton.runtime.JITFunction]:
     """Returns the kernels of all modules of ours that are loaded."""
-    return {
-        value
-        for name, module in list(sys.modules.items())
-        if name.startswith("huggingface.transformers.integrations")
-        for value in vars(module).values()
-        if isinstance(value, triton.runtime.JITFunction)
-    }
+    values = [value for module in modules() for value in vars(module).values()]
+    return {value for value in values if isinstance(value, triton.runtime.JITFunction)}
 
 
 if __name__ == "__main__":
