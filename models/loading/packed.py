@@ -53,7 +53,7 @@ def plan_config(plan: Mapping[str, Any], lm_head: str | None = None) -> PackedWe
 def loading_options(weights: str | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Returns what `from_pretrained` is told of a recipe's weights; nothing where they stay as they are.
 
-    What is quantised is read at once on the device it will run on, which packs it in no time.
+    What is quantised while it is read goes at once to the device it will run on, which packs it in no time.
     """
     config = _peer_config(str(weights), dtype) if weights in PEERS else packed_config(weights)
     return {} if config is None else {"quantization_config": config, "device_map": {"": device}}

@@ -106,7 +106,15 @@ class FusedStep:
 
     def _draft_workspace(self, batch: int, device: torch.device) -> DraftWorkspace:
         vocab = self.tables.drafted or self.model.get_output_embeddings().weight.shape[0]
-        return DraftWorkspace.allocate(batch, self.streams, vocab, self.plan.beam or 1, self.nodes, device)
+        return DraftWorkspace.allocate(
+            batch,
+            self.streams,
+            vocab,
+            self.plan.beam or 1,
+            self.nodes,
+            device,
+            continued=self.plan.lookup > 0,
+        )
 
     def _prior(self, device: torch.device) -> torch.Tensor:
         """Returns (streams, beam) float32 logarithms of how often each rank was right, as drafting wants them: never rising."""

@@ -192,9 +192,9 @@ class GraphRunner:
         self._side = torch.cuda.Stream(self.device)
         self._first = self._outlet(self.step_buffers.first)
         self._outlets = [self._outlet(self.step_buffers.packed) for _ in range(self.ahead + 1)]
-        compile_ahead(self.device, [self._all_passes])
         # What a sampled call draws must not depend on whether it found its graphs made.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            compile_ahead(self.device, [self._all_passes])
             self._prefills = {seq: self._capture_prefill(seq) for seq in self._buckets()}
             self._steps = [self._capture_step(outlet) for outlet in self._outlets]
         self._issued = self._read = 0

@@ -130,7 +130,7 @@ def captured_step_seconds(
     steps: dict[DraftPlan, _CapturedStep] = {}
     pool = torch.cuda.graph_pool_handle()
     try:
-        for plan in reversed(plans):  # the largest first: if memory is short, it shows at once
+        for plan in reversed(plans):  # the largest first: if its buffers do not fit, it shows at once
             steps[plan] = _CapturedStep(model, plan, context, batch)
         compile_ahead(model.device, [step.work for step in steps.values()])
         for step in steps.values():

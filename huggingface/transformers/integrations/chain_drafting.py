@@ -101,6 +101,8 @@ def chain_level_kernel(
             feature = start + tl.arange(0, AT_ONCE)
             vector = tl.load(parent_table + above * rank + feature, mask=feature < rank, other=0.0)
             scores += tl.sum(table * vector.to(tl.float32)[None, :], 1)
+    # What is no number makes no token of the level possible, whatever its sign: above all else it ends the chain.
+    scores = tl.where(scores == scores, scores, float("nan"))  # noqa: PLR0124
     key = tl.where(inside, sortable_key(scores, token), tl.full((BLOCK,), LOWEST, tl.int64))
     tl.atomic_max(best + row * STREAMS + level, tl.max(key, 0), sem="relaxed")
 
@@ -136,8 +138,10 @@ def chain_selection_kernel(
     lowest = tl.full((NODES,), LOWEST, tl.int64)
     key = tl.load(keys, mask=scored, other=LOWEST)
     tl.store(keys, lowest, mask=scored)
-    # A level that nobody scored has no number for a score, and that is not above -inf either.
-    ended = (node > 0) & ~(scored & (key_score(key) > float("-inf")))
+    # A level that nobody scored has no number for a score, and that is not above -inf either; beside +inf nothing has a
+    # probability.
+    score = key_score(key)
+    ended = (node > 0) & ~(scored & (score > float("-inf")) & (score < float("inf")))
     real = (node > 0) & (tl.cumsum(ended.to(tl.int32), 0) == 0)
     token = tl.where(real, key_token(key), 0).to(tl.int64)
     if vocabulary is not None:

@@ -96,13 +96,28 @@ class _Place:
         return tl.trans(value) if self._turned else value
 
 
-def _copy_stand_in() -> SimpleNamespace:
-    """Returns copies to shared memory that have arrived when they are asked for."""
-    return SimpleNamespace(
-        async_copy_global_to_shared=lambda place, pointers: place.fill(tl.load(pointers)),
-        commit_group=lambda: None,
-        wait_group=lambda outstanding: None,
-    )
+class _Copies:
+    """Stands in for copies to shared memory: each is done when somebody waits for its group, and not before."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[_Place, Any]] = []
+        self._groups: list[list[tuple[_Place, Any]]] = []
+
+    def async_copy_global_to_shared(self, place: _Place, pointers: Any) -> None:
+        """Adds a copy to the open group."""
+        self._open.append((place, pointers))
+
+    def commit_group(self) -> None:
+        """Closes the open group."""
+        self._groups.append(self._open)
+        self._open = []
+
+    def wait_group(self, outstanding: Any) -> None:
+        """Does the copies of all groups but the last `outstanding`."""
+        done = max(0, len(self._groups) - int(outstanding))
+        for place, pointers in (copy for group in self._groups[:done] for copy in group):
+            place.fill(tl.load(pointers))
+        self._groups = self._groups[done:]
 
 
 def _layout_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +130,7 @@ def _layout_function(function: Callable[..., Any]) -> Callable[..., Any]:
 if interpreting() or gluon is None:
     gl: Any = _stand_in()
     gluon_jit: Any = jit
-    async_copy: Any = _copy_stand_in()
+    async_copy: Any = _Copies()
 
     def mma_v2(a: Any, b: Any, acc: Any) -> Any:
         """Returns acc + a @ b, as the instruction does."""

@@ -28,7 +28,7 @@ from .fragment_linear import choose_fragment_tile, launch_fragment
 from .fused_norm import add_norm
 from .gemv import WIDEST_NORM, activate, gemv
 from .gluon_support import gluon_unavailable
-from .staged_linear import choose_splits, launch_staged
+from .staged_linear import choose_staged_splits, launch_staged
 from .triton_support import (
     jit,
     overlaps_launches,
@@ -145,7 +145,10 @@ def linear(
         norm, single = None, count == 1
     with_layouts = not gated and gluon_unavailable() is None
     tile = choose_fragment_tile(count, columns, inner) if with_layouts else None
-    splits = choose_splits(count, columns, inner) if with_layouts and tile is None else None
+    aligned = rows.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    splits = (
+        choose_staged_splits(count, columns, inner) if with_layouts and aligned and tile is None else None
+    )
     here = single or (runs_here(count, inner) and inner <= MOST_INPUTS)
     if tile is None and splits is None and not here:
         return _library_linear(rows, weight, bias, activation, gated, residual)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from .fragment_linear import MULTIPROCESSORS
 from .gemv import activate
 from .gluon_support import async_copy, gl, gluon_jit, mma_v2
 from .triton_support import overlaps_launches, release_dependents, tl, triton, wait_for_inputs
@@ -35,12 +36,12 @@ BLOCK_COLUMNS, BLOCK_INNER, STAGES, WARPS = 64, 128, 4, 4
 products, or within 1 % of it. The ring takes 96 KB; an RTX 3090 has 99 for a program."""
 LEAST_INPUTS, MOST_INPUTS, MOST_COLUMNS = 2048, 8192, 8192
 """Sizes as far as they were measured. At 768 and 3,072 inputs of a small model this was slower than `fragment_linear.py`."""
-MULTIPROCESSORS = 132
-"""An H200's."""
+FEWEST_STEPS = 2
+"""Stages of a program's inputs; a loop that is none does not compile."""
 
 
 @lru_cache
-def choose_splits(rows: int, columns: int, inner: int) -> int | None:
+def choose_staged_splits(rows: int, columns: int, inner: int) -> int | None:
     """Returns how many programs share a tile's inner dimension, or `None` where a product is computed elsewhere."""
     known = (
         FEWEST_ROWS <= rows <= BLOCK_ROWS
@@ -50,10 +51,11 @@ def choose_splits(rows: int, columns: int, inner: int) -> int | None:
     )
     if not known:
         return None
-    splits = 1
+    splits = 2
     while triton.cdiv(columns, BLOCK_COLUMNS) * splits < MULTIPROCESSORS:
         splits *= 2
-    return splits if inner % (BLOCK_INNER * splits) == 0 else None
+    steps, rest = divmod(inner, BLOCK_INNER * splits)
+    return splits if steps >= FEWEST_STEPS and rest == 0 else None
 
 
 def launch_staged(
@@ -69,9 +71,9 @@ def launch_staged(
     """Writes what `skinny_linear.linear` returns to `output`; its arguments are explained there.
 
     Args:
-        splits: of :func:`choose_splits`.
-        rows: (..., in), contiguous, float16 or bfloat16.
-        weight: (out, in), contiguous.
+        splits: of :func:`choose_staged_splits`.
+        rows: (..., in), contiguous, float16 or bfloat16, at a multiple of 16 bytes.
+        weight: (out, in), likewise.
         bias: (out,), or `None`.
         activation: number of the activation, see `skinny_linear.ACTIVATIONS`.
         residual: (..., out), or `None`.
@@ -80,10 +82,8 @@ def launch_staged(
     """
     columns, inner = weight.shape
     blocks = triton.cdiv(columns, BLOCK_COLUMNS)
-    partials = rows
-    if splits > 1:
-        cells = blocks * splits * BLOCK_COLUMNS * BLOCK_ROWS
-        partials = torch.empty(cells, dtype=torch.float32, device=rows.device)
+    cells = blocks * splits * BLOCK_COLUMNS * BLOCK_ROWS
+    partials = torch.empty(cells, dtype=torch.float32, device=rows.device)
     pdl = overlaps_launches(rows.device)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     staged_linear_kernel[(blocks, splits)](
@@ -187,7 +187,7 @@ def staged_linear_kernel(
         bias_ptr: (columns,); any pointer without `HAS_BIAS`.
         residual_ptr: (rows, columns); any pointer without `HAS_RESIDUAL`.
         output_ptr: (rows, columns).
-        partial_ptr: float32, (tiles, splits, rows, columns of a tile); any pointer where nothing is split.
+        partial_ptr: float32, (tiles, splits, rows, columns of a tile).
         arrival_ptr: (tiles,) int32, zero between launches.
         rows, columns: sizes.
     """
@@ -221,12 +221,10 @@ def staged_linear_kernel(
     local = gl.arange(0, BLOCK_COLUMNS, gl.SliceLayout(1, written))
     row = gl.arange(0, BLOCK_ROWS, gl.SliceLayout(0, written))
     column = block * BLOCK_COLUMNS + local
-    complete = True
-    if SPLITS > 1:
-        SIZE: tl.constexpr = BLOCK_COLUMNS * BLOCK_ROWS
-        cell = row[None, :] * BLOCK_COLUMNS + local[:, None]
-        parts = partial_ptr + block * (SPLITS * SIZE)
-        complete, result = _add_parts(result, parts, arrival_ptr + block, split, cell, SIZE, SPLITS)
+    SIZE: tl.constexpr = BLOCK_COLUMNS * BLOCK_ROWS
+    cell = row[None, :] * BLOCK_COLUMNS + local[:, None]
+    parts = partial_ptr + block * (SPLITS * SIZE)
+    complete, result = _add_parts(result, parts, arrival_ptr + block, split, cell, SIZE, SPLITS)
     if complete:
         valid = column < columns
         if HAS_BIAS:

@@ -6,8 +6,9 @@ values are read once for all of them. Running maximum, sum and unnormalised outp
 next as in FlashAttention (Dao et al., arXiv 2205.14135, algorithm 1), in powers of two; the parts are merged the same way.
 
 It starts when the kernel in front of it has finished, and lets the one behind it start at once (see `triton_support`): the output
-product fetches its weights meanwhile, which is 0.8 to 2 us a layer (H200; GPT-Neo-125M and 1.3B, 8 and 32 nodes). Started early
-itself, its programs crowd onto the multiprocessors that happen to be free, and a layer takes 1 us longer.
+product fetches its weights meanwhile, which is 0.8 to 2 us a layer (H200; GPT-Neo-125M and 1.3B, 8 and 32 nodes; with 160 rows
+nothing at 1.3B, and 0.5 us lost at 125M). Started early itself, its programs crowd onto the multiprocessors that happen to be
+free, and a layer takes 1 us longer and more.
 """
 
 from __future__ import annotations

@@ -174,6 +174,8 @@ def _draft_tree_triton(
     if beam == 1 and continuation is None:
         draft_chain(logits, root, parent_table, token_table, tree, workspace, vocabulary)
         return
+    if not workspace.scored.numel():
+        raise ValueError("the workspace was allocated for chains that no continuation joins.")
     length = continuation.shape[1] if continuation is not None else 0
     lists = (workspace.scored, workspace.parts, workspace.sums, workspace.tokens, workspace.parents)
     warps = block_warps(sizes["BLOCK"])

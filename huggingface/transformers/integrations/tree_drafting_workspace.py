@@ -60,6 +60,7 @@ class DraftWorkspace:
         beam: int,
         nodes: int,
         device: torch.device | str = "cpu",
+        continued: bool = True,
     ) -> DraftWorkspace:
         """Returns the workspace of :func:`.tree_drafting.draft_tree`.
 
@@ -70,6 +71,7 @@ class DraftWorkspace:
             beam: parents expanded a level, and tokens of each.
             nodes: nodes of the tree.
             device: where the trees are made.
+            continued: whether a continuation from the context may join; without one a beam of one is a chain, which needs little.
 
         Raises:
             ValueError: `beam` is not in 1 .. 8, or there are no streams.
@@ -79,7 +81,8 @@ class DraftWorkspace:
         if streams < 1:
             raise ValueError(f"drafting needs at least one stream, got {streams}.")
         sizes = kernel_sizes(beam, nodes, streams, vocab)
-        parents, blocks = sizes["PARENTS"], sizes["BLOCKS"]
+        parents = sizes["PARENTS"] if continued or beam > 1 else 0
+        blocks = sizes["BLOCKS"]
         pool = (batch, streams, sizes["SLOTS"])
 
         def empty(*shape: int, dtype: torch.dtype, fill: float = 0) -> torch.Tensor:

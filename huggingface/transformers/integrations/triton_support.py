@@ -11,6 +11,8 @@ every kernel is therefore::
     ...                         # read weights and other constants, write nothing
     wait_for_inputs(PDL)        # all earlier kernels have finished, their writes are visible
     ...                         # everything else
+
+Attention of trees waits for nothing and is not launched to start early; it only lets its successor.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ as it comes, so a model is never held twice.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -180,6 +181,14 @@ class PackedWeightsQuantizer(HfQuantizer):
         del kwargs
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, QuantizedLinear) and name == "weight"
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Returns the bytes of each of a tensor's numbers once it is packed, by which upstream sets memory aside beforehand."""
+        if self.pre_quantized or not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        module: Any = get_module_from_name(model, param_name)[0]
+        shape = module.kind.shapes(module.out_features, module.in_features)["weight"]
+        return math.prod(shape) * module.kind.dtypes["weight"].itemsize / param.numel()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.quantization_config.checkpoint_layout:

@@ -23,18 +23,35 @@ MODULE = "huggingface.transformers.integrations.chain_drafting"
 pytestmark = needs_kernels
 
 
-@pytest.fixture(autouse=True)
-def levels(monkeypatch):
-    """Counts chains, so that no test is about another kernel."""
-    drawn = []
+@pytest.fixture
+def drawn(monkeypatch) -> list[str]:
+    """Returns a list that gains an entry for every chain that is drawn here."""
+    known: list[str] = []
+    monkeypatch.setattr(
+        tree_drafting, "draft_chain", lambda *args: known.append("chain") or chain_drafting.draft_chain(*args)
+    )
+    return known
 
-    def draft_chain(*args):
-        drawn.append(args)
-        return chain_drafting.draft_chain(*args)
 
-    monkeypatch.setattr(tree_drafting, "draft_chain", draft_chain)
-    yield drawn
-    assert drawn or not needs_kernels.args[0]
+def test_a_beam_of_one_without_a_continuation_is_drawn_here(drawn):
+    inputs = draws(1, 3, 40, 8)
+    for options in ({}, {"continuation": torch.tensor([[3, 1]], device=DEVICE)}):
+        assert_same(drafted(inputs, 1, 4, **options), drafted(inputs, 1, 4, draft_tree_reference, **options))
+        assert drawn == ["chain"]
+    drafted(inputs, 2, 4)
+    assert drawn == ["chain"]
+
+
+def test_chains_need_little_memory():
+    """And then no continuation can join them."""
+    space = DraftWorkspace.allocate(1, 3, 40, 1, 4, DEVICE, continued=False)
+    assert space.scored.numel() == space.parts.numel() == 0
+    tree, inputs = TreeTensors.allocate(1, 4, DEVICE), draws(1, 3, 40, 8)
+    draft_tree(*inputs, tree, 1, space)
+    assert_same(tree, drafted(inputs, 1, 4, draft_tree_reference))
+    with pytest.raises(ValueError, match="no continuation"):
+        draft_tree(*inputs, tree, 1, space, torch.tensor([[3]], device=DEVICE))
+    assert DraftWorkspace.allocate(1, 3, 40, 2, 4, DEVICE, continued=False).scored.numel()
 
 
 @settings(max_examples=25, deadline=None)
@@ -94,9 +111,21 @@ def test_ties_go_to_the_lowest_token_of_any_block():
     assert tree.tokens[0].tolist() == [5, 70, 0]
 
 
-def test_a_chain_ends_where_no_token_is_possible():
+@pytest.mark.parametrize(
+    "number, where",
+    [
+        ("-inf", slice(None)),
+        ("inf", 70),
+        ("inf", slice(None)),
+        ("nan", 70),
+        ("-nan", 70),
+        ("-nan", slice(None)),
+    ],
+)
+def test_a_chain_ends_where_no_token_is_possible(number, where):
+    """One token that is not a number, or infinitely likely, leaves no other a probability, nor itself."""
     logits, *rest = draws(1, 4, 130, 8)
-    logits[0, 2] = float("-inf")
+    logits[0, 2, where] = float(number) if number != "-nan" else -torch.tensor(float("nan"))
     inputs = (logits, *rest)
     tree = drafted(inputs, 1, 5)
     assert_same(tree, drafted(inputs, 1, 5, draft_tree_reference))
@@ -106,9 +135,8 @@ def test_a_chain_ends_where_no_token_is_possible():
 @pytest.mark.parametrize(
     "kind, vocab, rank", [("bf16", 8192, 64), ("bf16", 128256, 256), ("fp32", 8192, 64), ("fp32", 128256, 20)]
 )
-def test_kernels_compile_without_spills(kind, vocab, rank, levels):
+def test_kernels_compile_without_spills(kind, vocab, rank):
     pytest.importorskip("triton")
-    levels.append("none: nothing runs here")
     types = (
         TYPES | {name: f"*{kind}" for name in ("logits", "parent_table", "token_table")} | {"best": "*i64"}
     )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,13 @@ from huggingface.transformers.integrations.compile_ahead import LIKE, compile_ah
 from huggingface.transformers.integrations.triton_support import triton
 
 CUDA = torch.device("cuda")
+ASYNC = pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="this Triton has no such mode")
+
+
+KERNELS = {
+    "_add_norm_kernel", "_linear_kernel", "accept_kernel", "best_tokens_kernel", "chain_level_kernel", "chain_selection_kernel",
+    "commit_kernel", "draft_level_kernel", "draft_selection_kernel", "fragment_linear_kernel", "tree_attention_kernel",
+}  # fmt: skip
 
 
 def operations(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
@@ -86,6 +94,7 @@ def test_only_this_threads_launches_are_left_out(monkeypatch):
 @pytest.mark.skipif(
     not hasattr(triton, "AsyncCompileMode"), reason="this Triton compiles one kernel after another"
 )
+@ASYNC
 def test_work_that_cannot_be_walked_through_is_told_and_left_to_itself(monkeypatch, caplog):
     monkeypatch.setattr(module, "interpreting", lambda: False)
     done = []
@@ -95,11 +104,88 @@ def test_work_that_cannot_be_walked_through_is_told_and_left_to_itself(monkeypat
         raise NotImplementedError("no meta kernel")
 
     with caplog.at_level("WARNING"):
-        module.logger.propagate = True
+        monkeypatch.setattr(module.logger, "propagate", True)
         compile_ahead(CUDA, [works])
     assert done == [1]
     assert "one after another" in caplog.text
     assert torch.ones(1).add(1).item() == 2  # the modes are off again
+
+
+@ASYNC
+def test_an_interrupt_while_kernels_are_waited_for_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(module, "interpreting", lambda: False)
+    mode = triton.runtime._async_compile.active_mode
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def works():
+        mode.get().submit("key", lambda: "compiled", lambda kernel: interrupt())
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead(CUDA, [works])
+    assert mode.get() is None
+    walked = []
+    compile_ahead(CUDA, [lambda: walked.append(mode.get() is not None)])
+    assert walked == [True]
+
+
+@ASYNC
+def test_memory_that_does_not_suffice_is_not_told_as_anything_else(monkeypatch):
+    monkeypatch.setattr(module, "interpreting", lambda: False)
+
+    def works():
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_ahead(CUDA, [works])
+
+
+@ASYNC
+def test_two_threads_walk_one_after_the_other(monkeypatch):
+    """Each puts back what it found."""
+    monkeypatch.setattr(module, "interpreting", lambda: False)
+    launch, met, walking = triton.runtime.JITFunction.run, [], []
+    entered = threading.Event()
+
+    def works():
+        walking.append(1)
+        entered.set()
+        time.sleep(0.05)
+        met.append(len(walking))
+        walking.pop()
+
+    threads = [threading.Thread(target=compile_ahead, args=(CUDA, [works])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        entered.wait()
+    for thread in threads:
+        thread.join()
+    assert met == [1, 1]
+    assert triton.runtime.JITFunction.run is launch
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda rows: rows.unsqueeze_(0),
+        lambda rows: rows.resize_(3),
+        lambda rows: torch.add(rows, 1, out=torch.empty(0)),
+        lambda rows: torch.ops.aten._native_batch_norm_legit(
+            rows, None, None, rows[0], rows[0] + 1, True, 0.1, 1e-5
+        ),
+    ],
+)
+def test_what_cannot_be_left_undone_says_so(operation):
+    with pytest.raises(NotImplementedError, match="not known here"), module._Undone():
+        operation(torch.zeros(4, 8))
+
+
+def test_nothing_is_drawn():
+    state = torch.get_rng_state()
+    with module._Undone():
+        assert torch.rand(3).shape == torch.randint(5, (3,)).shape == torch.rand_like(torch.zeros(3)).shape
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_nothing_is_walked_through_on_a_cpu():
@@ -122,5 +208,5 @@ def test_a_walk_compiles_what_the_steps_launch(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["asked"] >= 30
+    assert set(told["asked"]) >= KERNELS
     assert (told["again"], told["touched"]) == (0, False)

@@ -1,6 +1,6 @@
 """Walks through captured steps for a GPU that is not there and compiles their kernels, in a process where none is interpreted.
 
-Prints a JSON object: `asked`, kernels that the walk asked for; `again`, those of them that a second walk, which finds what the
+Prints a JSON object: `asked`, the kernels that the walk asked for; `again`, how many of them a second walk, which finds what the
 first one compiled, had to compile; `touched`, whether the walk changed a buffer.
 """
 
@@ -21,6 +21,7 @@ from huggingface.transformers.generation.fused_step import FusedStep
 from huggingface.transformers.generation.tree_tuning import BEAM, DraftPlan
 from huggingface.transformers.generation.verification import Rule
 from huggingface.transformers.integrations.compile_ahead import walk_through
+from huggingface.transformers.integrations.skinny_linear import arrivals
 from huggingface.transformers.models.spec_stream.architectures.gpt_neo import (
     StreamGPTNeoConfig,
     StreamGPTNeoForCausalLM,
@@ -71,37 +72,43 @@ def main() -> None:
     decoder = model()
     steps = [FusedStep(decoder, 1, 96, plan, Rule(LogitsProcessorList())) for plan in plans]
     before = [buffer.clone() for step in steps for buffer in buffers_of(step)]
-    counts = []
-    for _ in range(2):
-        asked: list[bool] = []
-        triton.knobs.compilation.listener = lambda **told: asked.append(not told["cache_hit"])  # noqa: B023
-        for kernel in kernels():
-            kernel.device_caches.clear()
-        with ThreadPoolExecutor(2) as pool, triton.AsyncCompileMode(pool):
-            walk_through([lambda step=step: passes(step) for step in steps])
-        counts.append((len(asked), sum(asked)))
-    same = [
-        torch.equal(*pair) for pair in zip(before, (b for s in steps for b in buffers_of(s)), strict=True)
-    ]
-    assert counts[0][0] == counts[1][0]
-    sys.stdout.write(
-        json.dumps({"asked": counts[0][0], "again": counts[1][1], "touched": not all(same)}) + "\n"
+    walks = [walk(steps) for _ in range(2)]
+    after = [buffer for step in steps for buffer in buffers_of(step)]
+    assert len(walks[0]) == len(walks[1])
+    told = {
+        "asked": [name for name, _ in walks[0]],
+        "again": sum(not hit for _, hit in walks[1]),
+        "touched": not all(map(torch.equal, before, after)),
+    }
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+def walk(steps: list[FusedStep]) -> list[tuple[str, bool]]:
+    """Returns the kernels that a walk asks for, by name, and whether each was compiled already."""
+    asked: list[tuple[str, bool]] = []
+    triton.knobs.compilation.listener = lambda src, cache_hit, **told: asked.append(
+        (src.fn.__name__, cache_hit)
     )
+    for kernel in kernels():
+        kernel.device_caches.clear()
+    with ThreadPoolExecutor(2) as pool, triton.AsyncCompileMode(pool):
+        walk_through([lambda step=step: passes(step) for step in steps])
+    return asked
 
 
 def buffers_of(step: FusedStep) -> list[torch.Tensor]:
-    state, tree = step.state, step.tree
-    return [
-        state.root,
-        state.lengths,
-        state.finished,
-        tree.tokens,
-        tree.parents,
+    """Returns every tensor that lasts from one step to the next."""
+    state, tree, drafting, caches = step.state, step.tree, step.drafting, (step.cache.below, step.cache.above)
+    held = [
+        *vars(state).values(),
+        *vars(tree).values(),
+        *vars(drafting).values(),
+        *caches,
         step.packed,
         step.path,
         step.first,
-        step.cache.below,
     ]
+    return [one for one in held if isinstance(one, torch.Tensor)] + [arrivals(torch.device("cpu"))]
 
 
 def modules() -> list[ModuleType]:

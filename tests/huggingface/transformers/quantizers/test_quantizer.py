@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    modeling_utils,
+)
 from transformers.pytorch_utils import Conv1D
 
 from huggingface.transformers.integrations.quantized_linear import QuantizedLinear
@@ -92,6 +99,24 @@ def test_in_place_is_the_same_as_on_load(config, saved):
     packed = quantizer.quantize_model(model, config)
     kept, read = packed.state_dict(), loaded.state_dict()
     assert all(torch.equal(kept[name], read[name]) for name in kept)
+
+
+@pytest.mark.parametrize("config", [PackedWeightsConfig(8), PackedWeightsConfig(4, 64)])
+def test_memory_is_set_aside_for_what_is_packed(config, saved, monkeypatch):
+    """Upstream does so before it reads weights to a GPU, by what each number is said to take there."""
+    asked = []
+    monkeypatch.setattr(
+        modeling_utils,
+        "caching_allocator_warmup",
+        lambda *given: asked.append(modeling_utils.get_total_byte_count(*given)),
+    )
+    options = {
+        "quantization_config": copy.deepcopy(config),
+        "device_map": {"": "cpu"},
+        "dtype": torch.float16,
+    }
+    model = AutoModelForCausalLM.from_pretrained(saved[1], **options)
+    assert asked == [{"cpu": sum(parameter.nbytes for parameter in model.parameters())}]
 
 
 def test_half_precision_keeps_the_scales(saved):
