@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from huggingface.transformers.integrations import tree_drafting_workspace
 from huggingface.transformers.integrations.tree_drafting import (
     DraftWorkspace,
     TreeTensors,
+    _stream_candidates,
     as_bits,
     draft_tree,
     draft_tree_reference,
@@ -48,6 +49,19 @@ def drafted(inputs, beam, nodes, draft=draft_tree, **options):
     return tree
 
 
+def rounding_decides(inputs, beam, prior=None, trust=1.0):
+    """Returns whether the sums of two candidates are so near that kernel and reference may order them differently."""
+    logits, root, *tables = (
+        one.double() if one is not None and one.is_floating_point() else one for one in inputs
+    )
+    for row, first in enumerate(root.tolist()):
+        pool = _stream_candidates(logits[row], first, *tables, beam, beam * beam, prior, trust, None)
+        gaps = torch.tensor([candidate.total for candidate in pool], dtype=torch.float64).sort().values.diff()
+        if ((gaps > 0) & (gaps < 1e-5)).any():
+            return True
+    return False
+
+
 def falling_prior(streams, beam):
     """Returns log-accuracies that fall along the ranks."""
     torch.manual_seed(streams)
@@ -79,6 +93,12 @@ def assert_well_formed(tree, root):
         assert all((tokens[n], parents[n], depths[n]) == (0, 0, 1) for n in range(len(real) + 1, len(tokens)))
 
 
+def test_sums_that_rounding_orders_are_seen():
+    """Two of these are equal to the seventh digit; the others differ."""
+    assert rounding_decides(draws(2, 2, 29, 1, seed=20), 4)
+    assert not rounding_decides(draws(2, 2, 29, 1, seed=21), 4)
+
+
 @needs_kernels
 @settings(max_examples=12, deadline=None)
 @given(
@@ -92,6 +112,7 @@ def assert_well_formed(tree, root):
 )
 def test_kernels_equal_the_reference(batch, streams, vocab, rank, beam, nodes, seed):
     inputs = draws(batch, streams, vocab, rank, seed=seed)
+    assume(not rounding_decides(inputs, beam))
     tree = drafted(inputs, beam, nodes)
     assert_same(tree, drafted(inputs, beam, nodes, draft_tree_reference))
     assert_well_formed(tree, inputs[1])
@@ -227,6 +248,7 @@ def test_the_reference_takes_float64():
 )
 def test_chains_from_the_context_equal_the_reference(streams, nodes, beam, tokens, step, seed):
     inputs = draws(2, streams, 7, 3, seed=seed)
+    assume(not rounding_decides(inputs, beam))
     chain = torch.tensor(tokens, device=DEVICE).view(2, -1)
     options = {"continuation": chain, "continuation_log_probability": step}
     tree = drafted(inputs, beam, nodes, **options)
@@ -278,6 +300,7 @@ class TestContinuation:
 def test_priors_equal_the_reference(streams, beam, nodes, trust, seed):
     inputs = draws(2, streams, 150, 4, seed=seed)
     options = {"prior": falling_prior(streams, beam), "trust": trust}
+    assume(not rounding_decides(inputs, beam, **options))
     tree = drafted(inputs, beam, nodes, **options)
     assert_same(tree, drafted(inputs, beam, nodes, draft_tree_reference, **options))
     assert_well_formed(tree, inputs[1])
