@@ -187,13 +187,13 @@ def table(tuning: Tuning, name: str) -> str:
     """Returns what was measured, one line a candidate, the chosen one marked."""
     lines = [
         f"{name} on {tuning.setting}; steps after {tuning.context} tokens, batch {tuning.batch}",
-        f"{'nodes':>6}  {'streams':>7}  {'beam':>4}  {'step ms':>9}  {'tokens/step':>11}  {'tokens/s':>9}",
+        f"{'nodes':>6}  {'streams':>7}  {'carriers':>8}  {'beam':>4}  {'step ms':>9}  {'tokens/step':>11}  {'tokens/s':>9}",
     ]
     for one in tuning.candidates:
         shape, beam = one.plan.shape, one.plan.beam or "-"
         mark = "  <- chosen" if one is tuning.chosen else ""
         lines.append(
-            f"{shape.nodes:>6}  {shape.streams:>7}  {beam:>4}  {1000 * one.step_s:>9.3f}  "
+            f"{shape.nodes:>6}  {shape.streams:>7}  {one.plan.carriers or shape.nodes:>8}  {beam:>4}  {1000 * one.step_s:>9.3f}  "
             f"{one.tokens_per_step:>11.2f}  {tuning.batch * one.speed:>9.1f}{mark}"
         )
     return "\n".join([*lines, *_notes(tuning)]) + "\n"
@@ -205,7 +205,8 @@ def _notes(tuning: Tuning) -> list[str]:
     ]
     if any(one.plan.beam is not None for one in tuning.candidates):
         notes.append(
-            "beam: trees are grown in each step, which yields at least what is expected; 1 is a chain."
+            "carriers: nodes with streams, the likeliest; beam: trees are grown in each step, which yields at least what is "
+            "expected; 1 is a chain."
         )
     if tuning.nodes == 1:
         notes.append("1 node: nothing is drafted, plain decoding is as fast.")

@@ -34,6 +34,8 @@ VOCABULARY, POSITIONS, GAMMA = 50257, 2048, 4
 PROMPT, CONTEXT, NEW_TOKENS = 256, 320, 128
 """Tokens of the prompt pass; committed tokens of a timed step, a prompt of 256 and half of 128 new tokens; tokens of a call."""
 TREES = (8, 16, 32, 64)
+CARRIERS = (16, 12, 8)
+"""Nodes that carry streams where not all of a tree of `EAGER_TREE` nodes do."""
 EAGER_TREE = 32
 DRAFT_VOCABULARY = 16384
 """Tokens that streams may draft in a step measured beside the tree of as many nodes as `EAGER_TREE`."""
@@ -116,6 +118,9 @@ def measure_shape(shape: Shape, device: torch.device, ceiling: float) -> dict[st
     read += model.get_output_embeddings().weight.nbytes
     plain = measure_plan(model, DraftPlan.plain())
     trees = {str(nodes): measure_plan(model, _grown(nodes)) for nodes in TREES}
+    for carriers in CARRIERS:
+        plan = _grown(EAGER_TREE, carriers)
+        trees[f"{EAGER_TREE}, streams at {carriers}"] = measure_plan(model, plan)
     eager = {str(nodes): measure_eager(model, nodes) for nodes in (1, EAGER_TREE)}
     model.set_draft_vocab(torch.arange(DRAFT_VOCABULARY))
     trees[f"{EAGER_TREE}, {DRAFT_VOCABULARY:,} tokens drafted"] = measure_plan(model, _grown(EAGER_TREE))
@@ -132,8 +137,8 @@ def measure_shape(shape: Shape, device: torch.device, ceiling: float) -> dict[st
     return result
 
 
-def _grown(nodes: int) -> DraftPlan:
-    return DraftPlan(TreeShape((-1, *[0] * (nodes - 1)), GAMMA), beam=BEAM)
+def _grown(nodes: int, carriers: int | None = None) -> DraftPlan:
+    return DraftPlan(TreeShape((-1, *[0] * (nodes - 1)), GAMMA), beam=BEAM, carriers=carriers)
 
 
 def measure_plan(model: Any, plan: DraftPlan) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from huggingface.transformers.generation.tree_tuning import grow_tree
+from huggingface.transformers.generation.tree_worth import grow_tree
 from training.batches import Collator
 from training.ranks import acceptance_length, rank_accuracy, stream_ranks
 from training.targets import Continuer, own_continuations, unique_prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from huggingface.transformers.generation.tree_tuning import grow_tree
+from huggingface.transformers.generation.tree_worth import grow_tree
 from training.study_plan import Plan, StudyFlags, names_in_order
 
 BUDGETS = (8, 16, 32, 64)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from huggingface.transformers.generation.draft_tree import TreeShape
-from huggingface.transformers.generation.tree_tuning import DraftPlan, grow_tree
+from huggingface.transformers.generation.tree_tuning import DraftPlan
+from huggingface.transformers.generation.tree_worth import grow_tree
 from training.batches import Collator
 from training.calibration import calibrate, ranks_by_text
 from training.ranks import NO_TOKEN, RANKS, acceptance_length, rank_accuracy, rank_paths, stream_ranks

@@ -286,10 +286,9 @@ class CapturedRun(DecodeRun):
             self._after()
         accepted = [len(tokens) - 1 if count else 0 for tokens, count in zip(emitted, gained, strict=True)]
         nodes = self.plan.shape.nodes
-        rows = nodes * (1 + self.plan.shape.streams)
         seconds = time.perf_counter() - started
         self.statistics.steps.append(
-            StepRecord(gained, accepted, nodes - 1, rows, seconds, self.add_phases())
+            StepRecord(gained, accepted, nodes - 1, self.plan.rows, seconds, self.add_phases())
         )
 
     def _after(self) -> None:

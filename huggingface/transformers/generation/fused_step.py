@@ -58,6 +58,7 @@ class FusedStep:
         self.layers = fused_layers_of(model)
         self.nodes = plan.shape.nodes
         self.streams = plan.shape.streams if self.nodes > 1 else 0
+        self.carriers = min(plan.carriers or self.nodes, self.nodes)
         self.depth = max(self.streams, plan.lookup) if self.nodes > 1 else 0
         # A finished sequence may take two steps more before the host says so.
         self.cache = StaticTreeCache.for_model(model, batch, capacity, self.nodes + 2 * (self.depth + 1))
@@ -85,7 +86,7 @@ class FusedStep:
         self.zeros = integers(batch)
         self.continuation = integers(batch, plan.lookup) if plan.lookup else None
         self.numbers = torch.arange(1, self.streams + 1, device=device)
-        self.workspaces = {self.nodes: self._attention_workspace(self.nodes * (1 + self.streams))}
+        self.workspaces = {self.nodes: self._attention_workspace(self.nodes + self.carriers * self.streams)}
         vocab = model.get_output_embeddings().weight.shape[0]
         self.choosing = {
             count: BestTokensWorkspace.allocate(batch * count, vocab, device) for count in {1, self.nodes}
@@ -182,7 +183,7 @@ class FusedStep:
         if self.continuation is not None and self.state.history is not None:
             lookup_continuation(self.state.history, self.state.lengths, self.state.root, self.continuation)
         draft_tree(
-            self._head(states) if tables.head is None else linear(states, tables.head, tables.head_bias),
+            self._head(states) if tables.head is None else tables.logits(states),
             self.state.root,
             tables.parents,
             tables.tokens,
@@ -205,14 +206,18 @@ class FusedStep:
         hidden, update = self._below(hidden, positions, lengths, rows)
         if self.streams:
             hidden, update = _settle(hidden, update), None
-            hidden = torch.cat([hidden, model.streams.start(hidden, self.streams)], dim=1)
-            positions = torch.cat([positions, (positions[:, :, None] + self.numbers).flatten(1)], dim=1)
-            rows = StepRows(self.nodes, self.streams, tree.ancestors, tree.depths)
+            # Nodes are numbered from the likeliest on.
+            carriers = slice(self.carriers)
+            hidden = torch.cat([hidden, model.streams.start(hidden[:, carriers], self.streams)], dim=1)
+            if self.turns is not None:
+                ahead = (positions[:, carriers, None] + self.numbers).flatten(1)
+                positions = torch.cat([positions, ahead], dim=1)
+            rows = StepRows(self.nodes, self.streams, tree.ancestors, tree.depths, carriers=self.carriers)
         hidden, update = self._above(hidden, update, positions, lengths, rows)
         states = add_norm(hidden, update, model.last_norm())[0]
         self.logits = self._head(states[:, : self.nodes])
         self.stream_states = (
-            states[:, self.nodes :].unflatten(1, (self.nodes, self.streams)).contiguous()
+            states[:, self.nodes :].unflatten(1, (self.carriers, self.streams)).contiguous()
             if self.streams
             else None
         )

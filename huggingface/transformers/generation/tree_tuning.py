@@ -1,8 +1,6 @@
 """Choosing the draft tree: measured accuracy of the streams, measured cost of a step, largest expected tokens per second.
 
-A node is worth the probability that decoding passes through it: the product of its path's accuracies. The best tree of n nodes
-holds the n worthiest, and worth never grows with depth, so it is grown greedily. Expected tokens a step are the sum of the
-worths (the root's 1 is the bonus token); divided by the step's seconds (`step_cost.py`) they rank the candidates.
+Expected tokens of a step (`tree_worth.py`) divided by its seconds (`step_cost.py`) rank the candidates.
 
 Where steps are captured, trees are grown on the device for each step anew; the fixed tree of as many nodes is then a lower bound
 of what they yield. Plain decoding is always among the candidates and stays unless drafting is clearly faster.
@@ -10,7 +8,6 @@ of what they yield. Plain decoding is always among the candidates and stays unle
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,6 +20,7 @@ from .draft_settings import rank_accuracy, saved_settings, update_settings
 from .draft_tree import TreeShape
 from .model_context import model_context
 from .step_cost import REPLAYS, captured_step_seconds, eager_step_seconds
+from .tree_worth import grow_tree, lasting_tokens
 from .verification import Rule
 
 DEFAULT_NODES = {"cpu": 8, "cuda": 32}
@@ -40,6 +38,11 @@ BEAM = 8
 LOOKUP, LEAST_LOOKUP_NODES = 4, 16
 """Tokens that a grown tree may copy from the context, and nodes from which it may: a small tree has better uses for a node.
 Worth 2 % of acceptance on Spider at 32 nodes, nothing on DialogSum and E2E."""
+CARRYING_EIGHTHS = (4, 3, 2)
+"""Eighths of a tree's nodes that carry streams where not all do. Where 16, 12 and 8 of 32 nodes carry four streams each, steps
+emit 0 to 1, 1 to 2 and 1 to 5 % fewer tokens (shipped model, 24 prompts a set, CPU)."""
+LEAST_LIGHTER_NODES = 8
+"""Nodes from which a tree is also tried with streams at some of them alone."""
 TRUST = 0.3
 """Weight of the streams' own probabilities against the calibrated rank accuracies where a tree is grown on the device."""
 CONTEXT = 256
@@ -65,6 +68,8 @@ class DraftPlan:
             tree has the shape's own parents in every step. A grown tree takes from the shape its nodes and its streams.
         lookup: tokens that a grown tree may copy from the context after an n-gram seen before; 0 for none.
         trust: of a grown tree, weight of the streams' own probabilities against the calibrated rank accuracies, 0 to 1.
+        carriers: nodes of a grown tree that carry streams, the likeliest; `None` for all. Where decoding goes on from another
+            node, its nearest carrying ancestor's streams guess on.
     """
 
     shape: TreeShape
@@ -73,6 +78,13 @@ class DraftPlan:
     beam: int | None = None
     lookup: int = 0
     trust: float = TRUST
+    carriers: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step in the layers that carry streams."""
+        nodes = self.shape.nodes
+        return nodes + (self.carriers or nodes) * self.shape.streams
 
     @classmethod
     def plain(cls) -> DraftPlan:
@@ -126,51 +138,6 @@ class Tuning:
         return self.chosen.plan.shape.nodes
 
 
-def grow_tree(accuracy: Sequence[Sequence[float]], max_nodes: int, streams: int) -> tuple[TreeShape, float]:
-    """Returns the tree of at most `max_nodes` nodes with the most expected tokens, and that number.
-
-    Args:
-        accuracy: accuracy[j][r], probability that rank r of stream j + 1 is right, given that the path to it is.
-        max_nodes: node budget, root included.
-        streams: streams the nodes carry; also the largest depth.
-
-    Raises:
-        ValueError: no room for the root, or no accuracies.
-    """
-    if max_nodes < 1:
-        raise ValueError(f"a draft tree has at least its root; got a budget of {max_nodes} nodes.")
-    if streams and not accuracy:
-        raise ValueError("streams need rank accuracies; calibrate the model with train_spec_stream.py.")
-    depth_limit = min(streams, len(accuracy))
-    # An entry is (-worth, depth, path of ranks); shallower and better-ranked paths win ties.
-    heap: list[tuple[float, int, tuple[int, ...]]] = [(-1.0, 0, ())]
-    chosen: list[tuple[int, ...]] = []
-    expected = 0.0
-    while heap and len(chosen) < max_nodes:
-        worth, depth, path = heapq.heappop(heap)
-        chosen.append(path)
-        expected -= worth
-        if depth < depth_limit:
-            heapq.heappush(heap, (worth * accuracy[depth][0], depth + 1, (*path, 0)))
-        if path and path[-1] + 1 < len(accuracy[depth - 1]):
-            parent_worth = worth / max(accuracy[depth - 1][path[-1]], 1e-12)
-            sibling = accuracy[depth - 1][path[-1] + 1]
-            heapq.heappush(heap, (parent_worth * sibling, depth, (*path[:-1], path[-1] + 1)))
-    ordered = sorted(chosen, key=lambda path: (len(path), path))
-    index = {path: node for node, path in enumerate(ordered)}
-    parents = tuple(index[path[:-1]] if path else -1 for path in ordered)
-    deepest = max(len(path) for path in ordered)
-    return TreeShape(parents, deepest), expected
-
-
-def expected_tokens(accuracy: Sequence[Sequence[float]], shape: TreeShape) -> float:
-    """Returns the tokens that a step with this tree emits on average: the sum of its nodes' worths."""
-    worths = [1.0]
-    for node in range(1, shape.nodes):
-        worths.append(worths[shape.parents[node]] * accuracy[shape.depths[node] - 1][shape.ranks[node]])
-    return sum(worths)
-
-
 def choose(candidates: Sequence[Candidate], tie: float = TIE) -> Candidate:
     """Returns the candidate with the most expected tokens a second, the smallest of a tie; plain decoding if it is hardly slower.
 
@@ -183,7 +150,7 @@ def choose(candidates: Sequence[Candidate], tie: float = TIE) -> Candidate:
     if best <= (1 + LEAST_GAIN) * plain.speed:
         return plain
     tied = [one for one in candidates if one.speed >= (1 - tie) * best]
-    return min(tied, key=lambda one: (one.plan.shape.rows, -one.speed))
+    return min(tied, key=lambda one: (one.plan.rows, -one.speed))
 
 
 def device_name(device: torch.device) -> str:
@@ -219,11 +186,11 @@ def _entries(model) -> dict[str, Any]:
 
 
 def entry_of(plan: DraftPlan, captured: bool) -> int | dict[str, int]:
-    """Returns what a checkpoint keeps of a tuned plan: its nodes and, for captured steps, its streams and its beam as well."""
-    shape = plan.shape
-    return (
-        {"nodes": shape.nodes, "streams": shape.streams, "beam": plan.beam or 1} if captured else shape.nodes
-    )
+    """Returns what a checkpoint keeps of a tuned plan: its nodes and, for captured steps, streams, beam and carriers as well."""
+    if not captured:
+        return plan.shape.nodes
+    entry = {"nodes": plan.shape.nodes, "streams": plan.shape.streams, "beam": plan.beam or 1}
+    return entry if plan.carriers is None else {**entry, "carriers": plan.carriers}
 
 
 def plan_for(model, draft_nodes: int | None = None, batch: int = 1) -> DraftPlan:
@@ -254,17 +221,19 @@ def _default_beam(model) -> int | None:
 
 
 def _saved_plan(model, entry: int | Mapping[str, int], source: str, most: int | None = None) -> DraftPlan:
-    """Returns the plan of a number of nodes, or of an entry with streams and beam; of at most `most` nodes."""
-    streams = model.streams.config.streams
+    """Returns the plan of a number of nodes, or of an entry of :func:`entry_of`; of at most `most` nodes."""
+    streams, carriers = model.streams.config.streams, None
     if isinstance(entry, Mapping):
-        nodes, beam = entry["nodes"], entry.get("beam", BEAM)
+        nodes, beam, carriers = entry["nodes"], entry.get("beam", BEAM), entry.get("carriers")
         streams = min(entry.get("streams", streams), streams)
     else:
         nodes, beam = entry, _default_beam(model)
-    return make_plan(model, nodes if most is None else min(nodes, most), streams, beam, source)
+    return make_plan(model, nodes if most is None else min(nodes, most), streams, beam, source, carriers)
 
 
-def make_plan(model, nodes: int, streams: int, beam: int | None, source: str = "given") -> DraftPlan:
+def make_plan(
+    model, nodes: int, streams: int, beam: int | None, source: str = "given", carriers: int | None = None
+) -> DraftPlan:
     """Returns a plan of so many nodes and streams; without `beam` its tree is fixed and has no stream that it cannot use."""
     if nodes == 1:
         return replace(DraftPlan.plain(), source=source)
@@ -272,7 +241,10 @@ def make_plan(model, nodes: int, streams: int, beam: int | None, source: str = "
     shape = _shape(accuracy, nodes, streams, beam)
     keep = max(1, nodes // 2) if model.streams.config.pruning_rank else None
     lookup = LOOKUP if beam is not None and beam > 1 and nodes >= LEAST_LOOKUP_NODES else 0
-    return DraftPlan(shape, keep, source, beam, lookup, trust=saved_settings(model).get("trust", TRUST))
+    trust = saved_settings(model).get("trust", TRUST)
+    if carriers is not None and (beam is None or carriers >= nodes):
+        carriers = None
+    return DraftPlan(shape, keep, source, beam, lookup, trust, carriers)
 
 
 @lru_cache(maxsize=64)
@@ -312,8 +284,9 @@ def _tune(model, sizes: Sequence[int] | None, batch: int, context: int) -> Tunin
     plans = _captured_plans(model, sizes, batch) if captured else _fixed_plans(model, sizes)
     cost = _measure_what_fits(model, plans, context, batch, captured)
     if captured:
-        shallow = _shallower(model, _candidates(model, cost))
-        cost |= _measure_what_fits(model, shallow, context, batch, captured, allow_none=True)
+        for variants in (_shallower, _lighter):
+            plans = variants(model, _candidates(model, cost))
+            cost |= _measure_what_fits(model, plans, context, batch, captured, allow_none=True)
     candidates = _candidates(model, cost)
     chosen = choose(candidates, CAPTURED_TIE if captured else TIE)
     setting, entry = setting_name(model, batch), entry_of(chosen.plan, captured)
@@ -361,12 +334,25 @@ def _shallower(model, candidates: Sequence[Candidate]) -> list[DraftPlan]:
     return list(dict.fromkeys(make_plan(model, one.plan.shape.nodes, half, BEAM) for one in fastest))
 
 
+def _lighter(model, candidates: Sequence[Candidate]) -> list[DraftPlan]:
+    """Returns the two fastest trees with streams at some of their nodes."""
+    trees = [
+        one for one in candidates if one.plan.beam == BEAM and one.plan.shape.nodes >= LEAST_LIGHTER_NODES
+    ]
+    fastest = sorted(trees, key=lambda one: -one.speed)[:2]
+    return [
+        replace(one.plan, carriers=one.plan.shape.nodes * eighths // 8)
+        for one in fastest
+        for eighths in CARRYING_EIGHTHS
+    ]
+
+
 def _candidates(model, cost: Mapping[DraftPlan, float]) -> tuple[Candidate, ...]:
     accuracy = rank_accuracy(model)
-    measured = [Candidate(plan, cost[plan], expected_tokens(accuracy, plan.shape)) for plan in cost]
-    return tuple(
-        sorted(measured, key=lambda one: (one.plan.shape.nodes, one.plan.shape.rows, one.plan.beam or 0))
-    )
+    measured = [
+        Candidate(plan, cost[plan], lasting_tokens(accuracy, plan.shape, plan.carriers)) for plan in cost
+    ]
+    return tuple(sorted(measured, key=lambda one: (one.plan.shape.nodes, one.plan.rows, one.plan.beam or 0)))
 
 
 def _measure_what_fits(
@@ -374,7 +360,7 @@ def _measure_what_fits(
 ) -> dict[DraftPlan, float]:
     """Returns the seconds of a step by plan, without the largest where these exceed the device's memory."""
     measure = captured_step_seconds if captured else eager_step_seconds
-    left = sorted(plans, key=lambda plan: plan.shape.rows)
+    left = sorted(plans, key=lambda plan: plan.rows)
     while left:
         try:
             return measure(model, left, context, batch)

@@ -31,7 +31,8 @@ class StepState:
         root: (batch,) int64 last committed tokens; they have no cache row yet.
         lengths: (batch,) int64 committed rows.
         finished: (batch,) bool; such a sequence grows no longer.
-        stream_hidden: (batch, streams, hidden) stream states at the last accepted node; `None` without streams.
+        stream_hidden: (batch, streams, hidden) stream states at the last accepted node, zeros where there are none; `None`
+            without streams.
         history: (batch, capacity) int64 tokens by position, the root at `lengths`; `None` where nobody reads them.
         base: (batch,) int64 committed rows before the last step, where that step's rows begin.
     """
@@ -119,10 +120,13 @@ def accept_and_advance(
     The bonus token, picked at the last accepted node, becomes the root. `history` gains the emitted tokens, never past its end.
     `lengths` and `history` of a finished sequence stay.
 
+    Where the last accepted node carries no streams, its nearest ancestor's that does are taken: those that guess what is still to
+    come, moved to the front, zeros behind them.
+
     Args:
         chosen: (batch, nodes) int64 tokens that the target picks at each node.
         tree: the verified trees.
-        stream_states: (batch, nodes, streams, hidden); `None` if the state holds none.
+        stream_states: (batch, carriers, streams, hidden) of the first nodes; `None` if the state holds none.
         state: advanced in place.
         packed: (batch, depth + 2) int64, becomes: number of emitted tokens, the tokens, zeros.
         path: (batch, depth + 1) int64, becomes: accepted nodes, root first, the last one repeated. Deeper nodes are rejected.
@@ -133,6 +137,9 @@ def accept_and_advance(
     batch, nodes = chosen.shape
     streams = state.stream_hidden is not None
     size = state.stream_hidden[0].numel() if state.stream_hidden is not None else 0
+    carriers, hidden = (
+        (stream_states.shape[1], stream_states.shape[3]) if stream_states is not None else (1, 0)
+    )
     accept_kernel[(batch, 1 + -(-size // STATE_BLOCK))](
         chosen,
         tree.tokens,
@@ -150,7 +157,9 @@ def accept_and_advance(
         path,
         nodes,
         path.shape[1] - 1,
+        carriers,
         size,
+        hidden,
         state.history.shape[1] if state.history is not None else 0,
         STREAMS=streams,
         HISTORY=state.history is not None,
@@ -186,7 +195,11 @@ def accept_and_advance_reference(
         state.base[row] = length
         state.root[row] = emitted[-1]
         if state.stream_hidden is not None and stream_states is not None:
-            state.stream_hidden[row] = stream_states[row, accepted[-1]]
+            carrier = max(node for node in accepted if node < stream_states.shape[1])
+            passed = count - 1 - accepted.index(carrier)
+            left = stream_states[row, carrier, passed:]
+            state.stream_hidden[row, : len(left)] = left
+            state.stream_hidden[row, len(left) :] = 0
         if not state.finished[row]:
             state.lengths[row] = length + count
             if state.history is not None:

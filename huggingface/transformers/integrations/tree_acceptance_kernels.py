@@ -66,7 +66,9 @@ def accept_kernel(
     path,
     nodes,
     deepest,
+    carriers,
     state_size,
+    hidden,
     capacity,
     STREAMS: tl.constexpr,
     HISTORY: tl.constexpr,
@@ -94,8 +96,8 @@ def accept_kernel(
     reach = tl.where(accepted, depth, -1)
     last = tl.argmax(reach, axis=0)
     count = tl.max(reach, axis=0) + 1
+    on_path = ((tl.sum(tl.where(node == last, way, 0), axis=0) >> node.to(tl.int64)) & 1) != 0
     if part == 0:
-        on_path = ((tl.sum(tl.where(node == last, way, 0), axis=0) >> node.to(tl.int64)) & 1) != 0
         bonus = tl.sum(tl.where(node == last, picked, 0), axis=0)
         column = tl.arange(0, COLUMNS)
         emitted = packed + row * (deepest + 2)
@@ -118,9 +120,12 @@ def accept_kernel(
             end = tl.where(grows, capacity, 0)
             tl.store(history + row * capacity + position, picked, mask=on_path & (position < end))
     elif STREAMS:
+        carrier = tl.max(tl.where(on_path & (node < carriers), node, 0), axis=0)
+        passed = count - 1 - tl.sum(tl.where(node == carrier, depth, 0), axis=0)
         element = (part - 1) * BLOCK + tl.arange(0, BLOCK)
-        source = stream_states + (tree + last) * state_size + element
-        values = tl.load(source, mask=element < state_size)
+        ahead = element + passed * hidden
+        source = stream_states + (row * carriers + carrier) * state_size + ahead
+        values = tl.load(source, mask=ahead < state_size, other=0.0)
         tl.store(stream_hidden + row * state_size + element, values, mask=element < state_size)
 
 

@@ -44,18 +44,19 @@ KEYS_PER_SPLIT = 128
 
 @dataclass(frozen=True)
 class StepRows:
-    """Rows of a step: first the token rows, then the stream rows of every node (tree) or of one anchor (sequence).
+    """Rows of a step: first the token rows, then the stream rows of the carriers (tree) or of one anchor (sequence).
 
-    Stream j (1 ... streams) of node n is row `nodes + n * streams + j - 1` of a tree; stream j of the anchor is row
-    `nodes + j - 1` of a sequence.
+    The carriers of a tree are its first nodes. Stream j (1 ... streams) of node n is row `nodes + n * streams + j - 1` of a tree;
+    stream j of the anchor is row `nodes + j - 1` of a sequence.
 
     Attributes:
         nodes: Token rows; at most 64 in a tree.
-        streams: Stream rows of a node.
+        streams: Stream rows of a carrier or of the anchor.
         ancestors: (batch, nodes) int64. Bit i is set if node i lies on the way from the root to this node, itself included.
             `None`: the rows are a sequence, row i sees rows 0 ... i.
         depths: (batch, nodes) int32, distance from the root; trees only.
         anchors: (batch,) int64, the row that carries the streams; sequences with streams only.
+        carriers: Nodes with streams, of a tree; `None`: all.
     """
 
     nodes: int
@@ -63,17 +64,21 @@ class StepRows:
     ancestors: torch.Tensor | None = None
     depths: torch.Tensor | None = None
     anchors: torch.Tensor | None = None
+    carriers: int | None = None
 
     def __post_init__(self) -> None:
         if self.ancestors is not None and (self.nodes > 64 or self.depths is None):
             raise ValueError(f"a tree needs depths and at most 64 nodes, got {self.nodes}")
         if self.ancestors is None and self.streams and self.anchors is None:
             raise ValueError("streams of a sequence need the row that carries them, got no anchors")
+        if self.carriers is not None and (self.ancestors is None or not 1 <= self.carriers <= self.nodes):
+            raise ValueError(f"carriers are some of the {self.nodes} nodes of a tree, got {self.carriers}")
 
     @property
     def total(self) -> int:
         """Token rows and stream rows together."""
-        return self.nodes + self.streams * (1 if self.ancestors is None else self.nodes)
+        carriers = 1 if self.ancestors is None else self.carriers or self.nodes
+        return self.nodes + self.streams * carriers
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ def _positions_and_visibility(rows: StepRows, b: int) -> tuple[torch.Tensor, tor
         carriers = [] if rows.anchors is None else [int(rows.anchors[b])]
     else:
         paths, depths = rows.ancestors[b].tolist(), rows.depths[b].tolist()
-        carriers = list(range(rows.nodes))
+        carriers = list(range(rows.carriers or rows.nodes))
     places = [(node, 0) for node in range(rows.nodes)]
     places += [(carrier, stream) for carrier in carriers for stream in range(1, rows.streams + 1)]
 

@@ -3,7 +3,8 @@
 Stream j scores the tokens of depth j; a low-rank bias from the parent's token sets the children of one node apart from those of
 another. Level by level the best `beam` candidates are expanded, each by its best `beam` tokens, and the tree is the root with the
 best `nodes - 1` of all candidates, by the sum of log-probabilities on the way from the root. A sum never rises from parent to
-child, so what is chosen holds every parent of its members. A chain of tokens copied from the context may join the candidates.
+child, so what is chosen holds every parent of its members, and nodes are numbered from the best to the worst. A chain of tokens
+copied from the context may join the candidates.
 
 The whole vocabulary is scored at every parent: preselecting tokens before the bias is added costs acceptance.
 """
@@ -35,8 +36,8 @@ MOST_NODES = 64
 class TreeTensors:
     """The draft trees of a step, at fixed addresses; every step fills them anew.
 
-    Parents come before their children. Where there are fewer candidates than nodes the last nodes are padding: children of the
-    root with token 0, as good for verification as any token.
+    Nodes are numbered by what speaks for them, the root first; so parents come before their children. Where there are fewer
+    candidates than nodes the last nodes are padding: children of the root with token 0, as good for verification as any token.
 
     Attributes:
         tokens: (batch, nodes) int64; column 0 is the root.
@@ -238,8 +239,7 @@ def draft_tree_reference(
         if continuation is not None:
             _join_chain(pool, continuation[row].tolist(), step)
         pool.sort(key=lambda candidate: (-candidate.total, candidate.depth, candidate.place))
-        chosen = sorted(pool[: nodes - 1], key=lambda candidate: (candidate.depth, candidate.place))
-        _write(tree, row, first, chosen)
+        _write(tree, row, first, pool[: nodes - 1])
 
 
 def _stream_candidates(

@@ -1,8 +1,8 @@
 """The last part of :mod:`.tree_drafting_kernels`: from the ranked candidates of all levels to a tree.
 
-A candidate is chosen if fewer than `nodes - 1` others beat it, and its node is one more than the chosen ones in front of it; so
-nothing is sorted, only counted. Ties of sums go to the candidate in front. The row of a level in the pool ends with an empty
-place: there, in the order of ties, stands the token that a chain copied from the context proposes at that depth.
+A candidate is chosen if fewer than `nodes - 1` others beat it, and its node is one more than they are; so nothing is sorted,
+only counted. Ties of sums go to the candidate in front. The row of a level in the pool ends with an empty place: there, in the
+order of ties, stands the token that a chain copied from the context proposes at that depth.
 """
 
 from __future__ import annotations
@@ -60,42 +60,42 @@ def select_tree(
     if CHAIN > 0:
         beaten += tl.sum((chain_key[None, :] > key[:, None]).to(tl.int32), axis=1)
     chosen = (sums > lost) & (beaten < nodes - 1)
-    node = tl.cumsum(chosen.to(tl.int32), 0)
+    node = 1 + beaten
     if CHAIN > 0:
         # Sums fall along the chain and never rise above a parent's, so earlier links come first.
-        chain_beaten = tl.sum((key[:, None] > chain_key[None, :]).to(tl.int32), axis=0)
-        chain_chosen = (chain_sums > lost) & (chain_beaten + link - merged < nodes - 1)
-        in_front = chosen[:, None] & (entry[:, None] < chain_order[None, :])
-        chain_node = tl.sum(in_front.to(tl.int32), axis=0) + tl.cumsum(chain_chosen.to(tl.int32), 0)
-        in_front = chain_chosen[None, :] & (chain_order[None, :] < entry[:, None])
-        node += tl.sum(in_front.to(tl.int32), axis=1)
+        chain_beaten = tl.sum((key[:, None] > chain_key[None, :]).to(tl.int32), axis=0) + link - merged
+        chain_chosen = (chain_sums > lost) & (chain_beaten < nodes - 1)
+        chain_node = 1 + chain_beaten
 
-    number = tl.arange(0, NODES)
+    tree = row * nodes
     below = tl.where(source >= 0, tl.gather(node, tl.maximum(source, 0), 0), 0)
-    # Every node is one entry or one link at most, so sums only pick; where there is neither is padding.
-    here = tl.where(chosen, node, -1)[:, None] == number[None, :]
-    held = tl.sum(tl.where(here, token[:, None], 0), axis=0)
-    up = tl.sum(tl.where(here, below[:, None], 0), axis=0)
-    depth = tl.sum(tl.where(here, (level + 1)[:, None], 0), axis=0)
-    origin = (depth > 0).to(tl.int32)
+    tl.store(tokens + tree + node, token.to(tl.int64), mask=chosen)
+    tl.store(parents + tree + node, below, mask=chosen)
+    tl.store(depths + tree + node, level + 1, mask=chosen)
+    tl.store(origins + tree + node, tl.full((ENTRIES,), 1, tl.int32), mask=chosen)
+    filled = 1 + tl.sum(chosen.to(tl.int32), axis=0)
     if CHAIN > 0:
         branch = tl.max(tl.where((entry == leaf) & chosen, node, 0), axis=0)
         chain_below = tl.gather(chain_node, tl.maximum(link - 1, 0), 0)
         chain_below = tl.where(link == merged, branch, chain_below)
-        here = tl.where(chain_chosen, chain_node, -1)[:, None] == number[None, :]
-        held += tl.sum(tl.where(here, chain_token[:, None], 0), axis=0)
-        up += tl.sum(tl.where(here, chain_below[:, None], 0), axis=0)
-        chain_depth = tl.sum(tl.where(here, (link + 1)[:, None], 0), axis=0)
-        depth += chain_depth
-        origin += 2 * (chain_depth > 0).to(tl.int32)
-    tree = row * nodes + number
+        tl.store(tokens + tree + chain_node, chain_token.to(tl.int64), mask=chain_chosen)
+        tl.store(parents + tree + chain_node, chain_below, mask=chain_chosen)
+        tl.store(depths + tree + chain_node, link + 1, mask=chain_chosen)
+        tl.store(origins + tree + chain_node, tl.full((CHAIN,), 2, tl.int32), mask=chain_chosen)
+        filled += tl.sum(chain_chosen.to(tl.int32), axis=0)
+    # The root, and padding where candidates are fewer than nodes.
+    number = tl.arange(0, NODES)
     real = number < nodes
-    tl.store(tokens + tree, tl.where(number == 0, tl.load(root + row), held.to(tl.int64)), mask=real)
-    tl.store(parents + tree, up, mask=real)
-    tl.store(depths + tree, tl.where((depth == 0) & (number > 0), 1, depth), mask=real)
-    tl.store(origins + tree, origin, mask=real)
+    spare = real & ((number == 0) | (number >= filled))
+    nothing = tl.zeros((NODES,), tl.int32)
+    tl.store(tokens + tree + number, tl.where(number == 0, tl.load(root + row), 0), mask=spare)
+    tl.store(parents + tree + number, nothing, mask=spare)
+    tl.store(depths + tree + number, (number > 0).to(tl.int32), mask=spare)
+    tl.store(origins + tree + number, nothing, mask=spare)
+    tl.debug_barrier()
+    up = tl.load(parents + tree + number, mask=real, other=0)
     DEEPEST: tl.constexpr = STREAMS if STREAMS > CHAIN else CHAIN
-    tl.store(ancestors + tree, _ancestor_bits(up, number, DEEPEST, NODES), mask=real)
+    tl.store(ancestors + tree + number, _ancestor_bits(up, number, DEEPEST, NODES), mask=real)
 
 
 @jit

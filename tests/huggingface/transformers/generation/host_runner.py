@@ -47,6 +47,7 @@ def _remembered() -> Callable:
         key = (
             rows.nodes,
             rows.streams,
+            rows.carriers,
             *(str(part[b].tolist()) if part is not None else "" for part in parts),
         )
         if key not in known:

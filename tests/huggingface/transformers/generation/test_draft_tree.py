@@ -14,7 +14,7 @@ from huggingface.transformers.generation.draft_tree import (
     ancestor_matrix,
     stream_block,
 )
-from huggingface.transformers.generation.tree_tuning import grow_tree
+from huggingface.transformers.generation.tree_worth import grow_tree
 from huggingface.transformers.generation.verification import verify
 from huggingface.transformers.masking_utils import visible_in_step, visible_with_streams
 

@@ -28,9 +28,11 @@ VOCAB, EOS, LIMIT = 13, 0, 64
 CHECKS = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-def grown(nodes: int, streams: int, beam: int = 8, lookup: int = 0) -> DraftPlan:
+def grown(nodes: int, streams: int, beam: int = 8, lookup: int = 0, carriers: int | None = None) -> DraftPlan:
     """Returns the plan of a tree grown on the device: of the shape only the nodes and the streams count."""
-    return DraftPlan(TreeShape((-1, *[0] * (nodes - 1)), streams), beam=beam, lookup=lookup)
+    return DraftPlan(
+        TreeShape((-1, *[0] * (nodes - 1)), streams), beam=beam, lookup=lookup, carriers=carriers
+    )
 
 
 @st.composite
@@ -38,7 +40,8 @@ def plans(draw, most_nodes: int) -> DraftPlan:
     if draw(st.integers(0, 7)) == 0:
         return DraftPlan.plain()
     nodes = draw(st.sampled_from([n for n in (2, 3, 5, 8, 16, 32) if n <= most_nodes]))
-    return grown(nodes, draw(st.integers(1, 3)), draw(st.sampled_from([1, 8])), draw(st.sampled_from([0, 4])))
+    beam, lookup = draw(st.sampled_from([1, 8])), draw(st.sampled_from([0, 4]))
+    return grown(nodes, draw(st.integers(1, 3)), beam, lookup, draw(st.none() | st.integers(1, nodes)))
 
 
 @pytest.fixture
@@ -105,7 +108,7 @@ def test_interpreted_kernels_take_the_same_step(architecture, make_model, monkey
     fields = {"transition_rank": 0, "stream_layers": 1, **with_heads_of(architecture, 16)}
     model = copy.deepcopy(make_model(architecture, torch.float32, **fields))
     use_host_runner(monkeypatch, interpret=True)
-    check_equal(model, [list(range(1, 10))], 3, grown(3, 2))
+    check_equal(model, [list(range(1, 10))], 3, grown(3, 2, carriers=2))
 
 
 @pytest.mark.slow

@@ -27,8 +27,6 @@ from huggingface.transformers.generation.tree_tuning import (
     DraftPlan,
     batch_class,
     choose,
-    expected_tokens,
-    grow_tree,
     make_plan,
     plan_for,
     setting_name,
@@ -66,7 +64,7 @@ class Costs:
 
     def __call__(self, model, plans, context, batch):
         self.asked.append((list(plans), context, batch))
-        if max(plan.shape.rows for plan in plans) > self.memory:
+        if max(plan.rows for plan in plans) > self.memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {plan: self.step(plan) for plan in plans}
 
@@ -123,13 +121,6 @@ def test_how_near_a_tie_is_can_be_told():
 @pytest.mark.parametrize(("speed", "nodes"), [(0.7, 1), (1.0, 1), (1.029, 1), (1.031, 4)])
 def test_plain_decoding_stays_unless_drafting_gains_three_percent(speed, nodes):
     assert choose([candidate(4, speed), candidate(1, 1.0)]).plan.shape.nodes == nodes
-
-
-def test_expected_tokens_are_the_worths_of_the_nodes():
-    for nodes in (1, 2, 5, 9):
-        shape, expected = grow_tree(MANY_RANKS, nodes, 3)
-        assert expected_tokens(MANY_RANKS, shape) == pytest.approx(expected)
-    assert expected_tokens(ACCURACY, TreeShape.chain(3, 3)) == pytest.approx(1 + 0.8 + 0.64 + 0.512)
 
 
 def test_tune_chooses_by_cost_and_keeps_the_choice(model, costs):
@@ -229,7 +220,14 @@ def test_half_the_streams_are_tried_at_the_two_fastest_sizes(model, captured):
     captured.step = lambda plan: 1.0 if plan.shape.nodes in (24, 32) else 10.0
     tune(model)
     assert [(plan.shape.nodes, plan.shape.streams) for plan in captured.asked[1][0]] == [(24, 2), (32, 2)]
-    assert len(captured.asked) == 2
+
+
+def test_streams_at_fewer_nodes_are_tried_at_the_two_fastest(model, captured):
+    captured.step = lambda plan: 1.0 if plan.shape.nodes in (4, 24, 32) else 10.0
+    tune(model)
+    lighter = {(plan.shape.nodes, plan.shape.streams, plan.carriers) for plan in captured.asked[2][0]}
+    assert lighter == {(32, 3, 16), (32, 3, 12), (32, 3, 8), (24, 3, 12), (24, 3, 9), (24, 3, 6)}
+    assert len(captured.asked) == 3
 
 
 def test_the_choice_of_captured_steps_is_saved_with_streams_and_beam(model, captured):
@@ -239,6 +237,10 @@ def test_the_choice_of_captured_steps_is_saved_with_streams_and_beam(model, capt
     assert (tuning.nodes, tuning.entry) == (24, entry)
     assert saved_settings(model)["draft_nodes"] == {setting_name(model): entry}
     assert tuned_nodes(model) == 24
+    assert plan_for(model) == tuning.chosen.plan
+    captured.step = lambda plan: 10.0 if plan.shape.nodes != 24 else 1.0 if plan.carriers == 12 else 2.0
+    tuning = tune(model)
+    assert tuning.entry == {"nodes": 24, "streams": 3, "beam": BEAM, "carriers": 12}
     assert plan_for(model) == tuning.chosen.plan
     captured.step = lambda plan: 1.0 if plan.beam == 1 else 3.0 * plan.shape.nodes
     assert tune(model).entry == {"nodes": 4, "streams": 3, "beam": 1}

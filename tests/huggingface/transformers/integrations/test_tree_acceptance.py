@@ -100,10 +100,10 @@ def state_of(batch, lengths, finished=None, capacity=80):
     )
 
 
-def accepted(accept, parents, tokens, chosen, state, depth=63):
+def accepted(accept, parents, tokens, chosen, state, depth=63, carriers=None):
     batch, nodes = tokens.shape
     torch.manual_seed(2)
-    states = torch.randn(batch, nodes, 3, 5).to(DEVICE)
+    states = torch.randn(batch, carriers or nodes, 3, 5).to(DEVICE)
     packed = torch.full((batch, depth + 2), -7, device=DEVICE)
     path = torch.full((batch, depth + 1), -7, device=DEVICE)
     accept(chosen.to(DEVICE), tree_of(parents, tokens), states, state, packed, path)
@@ -132,12 +132,13 @@ def test_acceptance_is_that_of_the_eager_path(step):
 @given(steps(), st.integers(0, 63), st.data())
 def test_acceptance_equals_the_reference(step, depth, data):
     parents, tokens, chosen = step
-    batch = len(tokens)
+    batch, nodes = tokens.shape
+    carriers = data.draw(st.integers(1, nodes))
     lengths = data.draw(st.lists(st.integers(0, 79), min_size=batch, max_size=batch))
     finished = data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
     states = state_of(batch, lengths, finished), state_of(batch, lengths, finished)
     results = [
-        accepted(accept, parents, tokens, chosen, state, depth)
+        accepted(accept, parents, tokens, chosen, state, depth, carriers)
         for accept, state in zip((accept_and_advance, accept_and_advance_reference), states, strict=True)
     ]
     for name, ours, theirs in zip(("packed", "path"), *results, strict=False):
@@ -161,6 +162,20 @@ class TestAdvance:
         assert path.tolist() == [[0, 2, 3, 3]]
         assert (state.root.tolist(), state.lengths.tolist(), state.base.tolist()) == ([6], [8], [5])
         assert state.history.tolist()[0] == [*before[:6], 2, 3, 6, *before[9:]]
+
+    @pytest.mark.parametrize("carriers, carrier, passed", [(4, 3, 0), (3, 2, 1), (2, 0, 2)])
+    def test_the_nearest_carriers_streams_guess_on(self, accept, carriers, carrier, passed):
+        """Node 3 is the last one accepted, behind nodes 2 and 0."""
+        state = state_of(1, [5])
+        _, _, states = accepted(accept, self.parents, self.tokens, self.chosen, state, 3, carriers)
+        assert torch.equal(state.stream_hidden[0, : 3 - passed], states[0, carrier, passed:])
+        assert not state.stream_hidden[0, 3 - passed :].any()
+
+    def test_streams_that_are_all_used_up_leave_nothing(self, accept):
+        state = state_of(1, [5])
+        chain, tokens = [[-1, 0, 1, 2, 3]], torch.tensor([[9, 1, 2, 3, 4]])
+        accepted(accept, chain, tokens, torch.tensor([[1, 2, 3, 4, 5]]), state, depth=4, carriers=1)
+        assert not state.stream_hidden.any()
 
     def test_a_finished_sequence_grows_no_longer(self, accept):
         state = state_of(1, [5], [True])
@@ -261,7 +276,18 @@ def test_kernels_compile_without_spills():
     }
     integers |= {name: "*i64" for name in ("packed", "path", "keys", "out")}
     integers |= {name: "*i32" for name in ("parents", "depths", "arrivals")} | {"finished": "*i1"}
-    sizes = ("nodes", "deepest", "state_size", "capacity", "vocab", "heads", "slots", "columns")
+    sizes = (
+        "nodes",
+        "deepest",
+        "carriers",
+        "state_size",
+        "hidden",
+        "capacity",
+        "vocab",
+        "heads",
+        "slots",
+        "columns",
+    )
     strides = ("layer_stride", "kind_stride", "batch_stride", "head_stride", "slot_stride")
     integers |= {name: "i32" for name in (*sizes, *strides)}
     kernels = []

@@ -39,7 +39,7 @@ def _small_parts(monkeypatch):
     monkeypatch.setattr(row_module, "LEAST_KEYS", 64)
 
 
-def tree(*parents: list[int], streams: int = 0) -> StepRows:
+def tree(*parents: list[int], streams: int = 0, carriers: int | None = None) -> StepRows:
     """Returns the rows of one tree per batch row, from the parent of every node; the root's is -1."""
     paths, depths = [], []
     for tree_parents in parents:
@@ -53,6 +53,7 @@ def tree(*parents: list[int], streams: int = 0) -> StepRows:
         streams=streams,
         ancestors=torch.tensor(paths, dtype=torch.int64, device=DEVICE),
         depths=torch.tensor(depths, dtype=torch.int32, device=DEVICE),
+        carriers=carriers,
     )
 
 
@@ -156,6 +157,13 @@ def test_a_stream_sees_its_node_and_the_streams_before_it():
     assert rows_that_see(one, 1) == [1, 5, 6]
     assert rows_that_see(one, 2) == [2, 7, 8]
     assert [rows_that_see(one, row) for row in (3, 4, 5, 6)] == [[3, 4], [4], [5, 6], [6]]
+
+
+def test_some_nodes_carry_streams():
+    one = step(tree([-1, 0, 0, 1], streams=2, carriers=2), [3])
+    # Rows 4 and 5 are the streams of node 0, 6 and 7 of node 1; nodes 2 and 3 have none.
+    assert [rows_that_see(one, row) for row in (0, 1, 3)] == [list(range(8)), [1, 3, 6, 7], [3]]
+    assert [rows_that_see(one, row) for row in (4, 5, 6, 7)] == [[4, 5], [5], [6, 7], [7]]
 
 
 def test_a_sequence_is_causal_and_its_streams_hang_on_the_anchor():
@@ -283,9 +291,8 @@ def trees(draw):
     lengths = [draw(st.integers(0, SPLIT_SLOTS)) for _ in range(batch)]
     window = draw(st.none() | st.integers(1, SPLIT_SLOTS))
     group = draw(st.integers(1, 3))
-    return step(
-        tree(*parents, streams=draw(st.integers(0, 3))), lengths, group, 1, slots=SPLIT_SLOTS, window=window
-    )
+    rows = tree(*parents, streams=draw(st.integers(0, 3)), carriers=draw(st.none() | st.integers(1, nodes)))
+    return step(rows, lengths, group, 1, slots=SPLIT_SLOTS, window=window)
 
 
 @settings(max_examples=25, deadline=None)
@@ -367,6 +374,9 @@ def test_faults_are_named():
         StepRows(65, ancestors=torch.zeros(1, 65, dtype=torch.int64))
     with pytest.raises(ValueError, match="no anchors"):
         sequence(3, streams=2)
+    for carriers in (0, 3):
+        with pytest.raises(ValueError, match=f"some of the 2 nodes of a tree, got {carriers}"):
+            tree([-1, 0], streams=2, carriers=carriers)
 
 
 STRIDES = [
