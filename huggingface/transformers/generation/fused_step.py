@@ -18,7 +18,7 @@ import torch
 
 from ..cache_utils import StaticTreeCache
 from ..integrations.context_lookup import lookup_continuation
-from ..integrations.fused_norm import add_norm
+from ..integrations.fused_norm import add_norm, settle
 from ..integrations.quantized_linear import QuantizedLinear
 from ..integrations.skinny_linear import linear
 from ..integrations.tree_acceptance import (
@@ -153,12 +153,12 @@ class FusedStep:
         hidden, update = self._below(hidden, positions, self.zeros, StepRows(seq))
         rows = StepRows(seq, streams, anchors=anchors)
         if streams:
-            hidden, update = _settle(hidden, update), None
+            hidden, update = settle(hidden, update), None
             at = anchors[:, None, None].expand(-1, 1, hidden.shape[2])
             hidden = torch.cat([hidden, model.streams.start(hidden.gather(1, at), streams)], dim=1)
             positions = torch.cat([positions, anchors[:, None] + self.numbers], dim=1)
         hidden, update = self._above(hidden, update, positions, self.zeros, rows)
-        states = _settle(hidden, update)
+        states = settle(hidden, update)
         last = states.gather(1, anchors[:, None, None].expand(-1, 1, states.shape[2]))
         states = add_norm(torch.cat([last, states[:, seq:]], dim=1), None, model.last_norm())[0]
         logits = self._head(states[:, :1])
@@ -205,7 +205,7 @@ class FusedStep:
         rows = StepRows(self.nodes, 0, tree.ancestors, tree.depths)
         hidden, update = self._below(hidden, positions, lengths, rows)
         if self.streams:
-            hidden, update = _settle(hidden, update), None
+            hidden, update = settle(hidden, update), None
             # Nodes are numbered from the likeliest on.
             carriers = slice(self.carriers)
             hidden = torch.cat([hidden, model.streams.start(hidden[:, carriers], self.streams)], dim=1)
@@ -258,7 +258,3 @@ class FusedStep:
         if not self.rule.do_sample and not self.rule.processors:
             return best_tokens(logits, self.choosing[logits.shape[1]])
         return self.rule.pick(self.rule.scores(logits, []))
-
-
-def _settle(hidden: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
-    return hidden if update is None else hidden + update

@@ -1,7 +1,7 @@
 """Normalisation with the residual addition in front of it, in one pass over the rows.
 
 A decoder adds a block's output to the residual stream and normalises the sum for the next block. Apart, that is three passes and
-two launches for a few kilobytes.
+two launches for a few kilobytes. Where that output is a product in parts (`divided_linear.py`), the parts are added here as well.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .divided_linear import Parts
 from .triton_support import (
     jit,
     overlaps_launches,
@@ -20,11 +21,18 @@ from .triton_support import (
 )
 
 
+def settle(hidden: torch.Tensor, update: torch.Tensor | Parts | None) -> torch.Tensor:
+    """Returns the residual stream with the update in it, both as :func:`add_norm` takes them."""
+    if isinstance(update, Parts):
+        update = update.sum(hidden.dtype)
+    return hidden if update is None else hidden + update
+
+
 def add_norm_reference(
-    hidden: torch.Tensor, update: torch.Tensor | None, norm: nn.Module
+    hidden: torch.Tensor, update: torch.Tensor | Parts | None, norm: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what :func:`add_norm` returns, by plain operations."""
-    total = hidden if update is None else hidden + update
+    total = settle(hidden, update)
     return norm(total), total
 
 
@@ -36,18 +44,22 @@ def is_known(norm: nn.Module) -> bool:
 
 
 def add_norm(
-    hidden: torch.Tensor, update: torch.Tensor | None, norm: nn.Module
+    hidden: torch.Tensor, update: torch.Tensor | Parts | None, norm: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the normalised sum of residual stream and update, and the sum itself.
 
     Args:
         hidden: (..., features) residual stream, contiguous.
-        update: (..., features) what the block before adds to it, or `None`.
+        update: (..., features) what the block before adds to it, or `None`; of a product in parts, their sum is rounded to the
+            dtype of `hidden` before it is added, as a stored product is.
         norm: a layer for which :func:`is_known` holds.
     """
     if hidden.dtype == torch.float64 or unavailable(hidden.device) is not None:
         return add_norm_reference(hidden, update, norm)
     features = hidden.shape[-1]
+    divided = update if isinstance(update, Parts) else None
+    added = hidden if update is None else update if divided is None else divided.parts
+    product_bias = None if divided is None else divided.bias
     normed = torch.empty_like(hidden)
     total = hidden if update is None else torch.empty_like(hidden)
     centred = isinstance(norm, nn.LayerNorm)
@@ -55,7 +67,8 @@ def add_norm(
     block = triton.next_power_of_2(features)
     _add_norm_kernel[(hidden.numel() // features,)](
         hidden,
-        hidden if update is None else update,
+        added,
+        norm.weight if product_bias is None else product_bias,
         norm.weight,
         norm.bias if centred else norm.weight,
         normed,
@@ -65,6 +78,8 @@ def add_norm(
         BLOCK=block,
         CENTRED=centred,
         HAS_UPDATE=update is not None,
+        PARTS=0 if divided is None else len(divided.parts),
+        HAS_PRODUCT_BIAS=product_bias is not None,
         PDL=pdl,
         num_warps=max(1, min(8, block // 512)),
         **({"launch_pdl": True} if pdl else {}),
@@ -76,6 +91,7 @@ def add_norm(
 def _add_norm_kernel(
     hidden_ptr,
     update_ptr,
+    product_bias_ptr,
     weight_ptr,
     bias_ptr,
     normed_ptr,
@@ -85,6 +101,8 @@ def _add_norm_kernel(
     BLOCK: tl.constexpr,
     CENTRED: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_PRODUCT_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release_dependents(PDL)
@@ -94,11 +112,21 @@ def _add_norm_kernel(
     bias = weight
     if CENTRED:
         bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    product_bias = weight
+    if HAS_PRODUCT_BIAS:
+        product_bias = tl.load(product_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     at = tl.program_id(0).to(tl.int64) * features + column
     wait_for_inputs(PDL)
     value = tl.load(hidden_ptr + at, mask=inside, other=0.0)
     if HAS_UPDATE:
         update = tl.load(update_ptr + at, mask=inside, other=0.0)
+        if PARTS > 0:
+            part_size = tl.num_programs(0).to(tl.int64) * features
+            for part in tl.static_range(1, PARTS):
+                update += tl.load(update_ptr + part * part_size + at, mask=inside, other=0.0)
+            if HAS_PRODUCT_BIAS:
+                update += product_bias
+            update = update.to(total_ptr.dtype.element_ty)
         # Rounded as the addition of two stored tensors is.
         value = (value.to(tl.float32) + update.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + at, value, mask=inside)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .divided_linear import choose_parts
 from .fragment_linear import choose_fragment_tile, launch_fragment
 from .fused_norm import add_norm
 from .gemv import WIDEST_NORM, activate, gemv
@@ -172,6 +173,22 @@ def runs_here(rows: int, inner: int) -> bool:
     Depending on the outputs, some of more rows do as well (`fragment_linear.py`); some of over :data:`MOST_INPUTS` inputs do not.
     """
     return rows <= ROW_BLOCK or (inner <= SMALL_INPUTS and rows <= SMALL_ROWS)
+
+
+def parts_for(rows: torch.Tensor, weight: torch.Tensor) -> int | None:
+    """Returns in how many parts a plain product is better left to the next norm (`divided_linear.py`), `None` for :func:`linear`.
+
+    Args:
+        rows: (..., in).
+        weight: (out, in).
+    """
+    columns, inner = weight.shape
+    count = rows.numel() // inner
+    if rows.dtype not in DTYPES or unavailable(rows.device) is not None or runs_here(count, inner):
+        return None
+    if gluon_unavailable() is None and choose_fragment_tile(count, columns, inner) is not None:
+        return None
+    return choose_parts(count, columns, inner)
 
 
 def _library_linear(rows, weight, bias, activation, gated, residual) -> torch.Tensor:

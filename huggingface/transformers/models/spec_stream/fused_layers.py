@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...integrations.divided_linear import Parts, divided_linear
 from ...integrations.fused_norm import add_norm
 from ...integrations.packed_linear import outputs_first
 from ...integrations.quantized_linear import QuantizedLinear, QuantizedWeight, quantized_linear
-from ...integrations.skinny_linear import finish, linear, runs_here
+from ...integrations.skinny_linear import finish, linear, parts_for, runs_here
 from ...integrations.tensor_version import nothing
 from ...integrations.tree_attention import AttentionWorkspace, StepRows, tree_attention
 from .fusable import ACTIVATIONS
@@ -66,6 +67,13 @@ class _Product:
             product[:, -streams:, span] += lora(rows[:, -streams:])
         return finish(product, **epilogue)
 
+    def divided(self, rows: torch.Tensor, streams: int) -> Parts | None:
+        """Returns the product in parts, where that is faster and the last `streams` rows get no updates; else `None`."""
+        if isinstance(self.weight, QuantizedWeight) or (streams and self.updates):
+            return None
+        count = parts_for(rows, self.weight)
+        return None if count is None else divided_linear(rows, self.weight, count, self.bias)
+
     def _product(self, rows: torch.Tensor, **options: Any) -> torch.Tensor:
         if isinstance(self.weight, QuantizedWeight):
             return quantized_linear(rows, self.weight, self.bias, **options)
@@ -73,7 +81,7 @@ class _Product:
 
 
 def _enter(
-    hidden: torch.Tensor, update: torch.Tensor | None, norm: nn.Module
+    hidden: torch.Tensor, update: torch.Tensor | Parts | None, norm: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor, nn.Module | None]:
     """Returns the rows that a block reads, the residual stream, and the norm that the block's product has to apply itself."""
     if update is None and hidden.numel() == hidden.shape[-1]:
@@ -168,19 +176,19 @@ class FusedLayers:
         self,
         indices: Iterable[int],
         hidden: torch.Tensor,
-        update: torch.Tensor | None,
+        update: torch.Tensor | Parts | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         lengths: torch.Tensor,
         rows: StepRows,
         cache: Any,
         workspace: AttentionWorkspace,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | Parts | None]:
         """Returns residual stream and what is still to be added to it, each (batch, rows, hidden). The cache gains the rows.
 
         Args:
             indices: layers to run.
             hidden: (batch, rows, hidden) residual stream.
-            update: (batch, rows, hidden) still to be added to it, or `None`.
+            update: (batch, rows, hidden) still to be added to it, or `None`; a product may be in parts.
             rotary: cosines and sines of the rows' positions, (batch, rows, head_dim); `None` where positions are learned.
             lengths: (batch,) int64 committed rows.
             rows: who sees whom.
@@ -197,7 +205,7 @@ class FusedLayers:
                 projected, slots.keys, slots.values, lengths, rows, layer.scaling, layer.window, workspace,
                 rotary=rotary, settled=True,
             )  # fmt: skip
-            # Few rows: the product adds the residual. Many: the library's product cannot, the next norm does.
+            # Few rows: the product adds the residual. Many: the library's product, whole or in parts, cannot; the next norm does.
             hidden, update = self._add(layer.output, attended, hidden, streams)
             rows_in, hidden, norm = _enter(hidden, update, layer.mlp_norm)
             inner = layer.expand.apply(
@@ -209,7 +217,8 @@ class FusedLayers:
     @staticmethod
     def _add(
         product: _Product, rows: torch.Tensor, hidden: torch.Tensor, streams: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | Parts | None]:
         if runs_here(rows.shape[0] * rows.shape[1], rows.shape[-1]):
             return product.apply(rows, streams, residual=hidden), None
-        return hidden, product.apply(rows, streams)
+        parts = product.divided(rows, streams)
+        return hidden, product.apply(rows, streams) if parts is None else parts

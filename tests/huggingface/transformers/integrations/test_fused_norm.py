@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from huggingface.transformers.integrations import fused_norm
+from huggingface.transformers.integrations.divided_linear import Parts
 from huggingface.transformers.integrations.fused_norm import add_norm, add_norm_reference, is_known
 from huggingface.transformers.integrations.triton_support import unavailable
 
@@ -37,8 +38,18 @@ def check(kind, shape, update, dtype):
     norm = make_norm(kind, shape[-1]).to(DEVICE, dtype)
     # A mean and a spread far from 0 and 1: what a LayerNorm has to take away.
     hidden = (torch.randn(shape) * 3 + 2).to(DEVICE, dtype)
-    added = torch.randn(shape).to(DEVICE, dtype) if update else None
-    before = hidden.clone()
+    check_sum(hidden, torch.randn(shape).to(DEVICE, dtype) if update else None, norm)
+
+
+def make_parts(shape, count: int, bias: bool, dtype) -> Parts:
+    return Parts(
+        torch.randn(count, *shape, device=DEVICE),
+        torch.randn(shape[-1]).to(DEVICE, dtype) if bias else None,
+    )
+
+
+def check_sum(hidden, added, norm) -> None:
+    dtype, before = hidden.dtype, hidden.clone()
     got, total = add_norm(hidden, added, norm)
     plain, plain_total = add_norm_reference(hidden, added, norm)
     exact, _ = add_norm_reference(plain_total.float(), None, copy.deepcopy(norm).float())
@@ -58,6 +69,30 @@ def check(kind, shape, update, dtype):
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 24), (1, 33, 17), (1, 1, 1000), (1, 2, 5000)])
 def test_equals_one_after_the_other(kind, shape, update, dtype):
     check(kind, shape, update, dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 3, 24), (1, 33, 17), (1, 2, 1000)])
+@torch.no_grad()
+def test_a_product_in_parts_is_added_like_a_stored_one(shape, dtype, count, bias, kind):
+    torch.manual_seed(count)
+    norm = make_norm(kind, shape[-1]).to(DEVICE, dtype)
+    hidden = (torch.randn(shape) * 3 + 2).to(DEVICE, dtype)
+    parts = make_parts(shape, count, bias, dtype)
+    check_sum(hidden, parts, norm)
+    assert torch.equal(add_norm(hidden, parts, norm)[0], add_norm(hidden, parts.sum(dtype), norm)[0])
+
+
+def test_parts_of_a_float64_step():
+    norm = make_norm("rms", 8).double()
+    hidden, parts = torch.randn(2, 3, 8).double(), Parts(torch.randn(2, 2, 3, 8), torch.randn(8).double())
+    got, total = add_norm(hidden, parts, norm)
+    assert torch.equal(total, hidden + parts.sum(torch.float64))
+    assert torch.equal(got, norm(total))
 
 
 def test_float64_is_exact():
@@ -97,9 +132,14 @@ def check_compiled(monkeypatch, sizes, kinds, capabilities) -> None:
     for features, kind, layer in itertools.product(sizes, kinds, ("layer", "rms")):
         norm = make_norm(layer, features).to("meta", kind)
         rows = torch.empty(1, 2, features, dtype=kind, device="meta")
-        kernels += recorded(
-            monkeypatch, PLACE, "_add_norm_kernel", lambda rows=rows, norm=norm: add_norm(rows, rows, norm)
-        )
+        parts = [torch.empty(count, 1, 2, features, device="meta") for count in (2, 4)]
+        for update in (rows, *(Parts(one, rows[0, 0]) for one in parts)):
+            kernels += recorded(
+                monkeypatch,
+                PLACE,
+                "_add_norm_kernel",
+                lambda rows=rows, update=update, norm=norm: add_norm(rows, update, norm),
+            )
     for kernel, usages in zip(kernels, compile_check.compile_kernels(kernels, capabilities), strict=True):
         assert all(usage.fits for usage in usages), (kernel, usages)
 

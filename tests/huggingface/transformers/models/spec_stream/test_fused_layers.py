@@ -15,8 +15,11 @@ from torch import nn
 from huggingface.transformers.cache_utils import StaticTreeCache
 from huggingface.transformers.generation.decode_step import DecodeState, _forward
 from huggingface.transformers.generation.draft_tree import DraftTree, TreeShape
+from huggingface.transformers.integrations.divided_linear import Parts
+from huggingface.transformers.integrations.fused_norm import settle
 from huggingface.transformers.integrations.tree_attention import AttentionWorkspace, StepRows
 from huggingface.transformers.integrations.tree_drafting import as_bits
+from huggingface.transformers.models.spec_stream import fused_layers
 from huggingface.transformers.models.spec_stream.fused_layers import FusedLayers, fused_layers_of
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from huggingface.transformers.quantizers.quantizer import quantize_model
@@ -58,11 +61,11 @@ class Walk:
         plain = StepRows(rows.nodes, 0, rows.ancestors, rows.depths)
         hidden, update = self.run(range(first), hidden, None, positions, lengths, plain)
         if with_streams is not None:
-            hidden, update = hidden if update is None else hidden + update, None
+            hidden, update = settle(hidden, update), None
             hidden, positions = with_streams(hidden)
         upper = range(first, len(model.decoder_layers()))
         hidden, update = self.run(upper, hidden, update, positions, lengths, rows)
-        return model.final_norm(hidden if update is None else hidden + update)
+        return model.final_norm(settle(hidden, update))
 
 
 def sequences(model, ids: torch.Tensor, anchors: torch.Tensor, streams: int) -> torch.Tensor:
@@ -97,6 +100,45 @@ def test_sequences_equal_the_eager_walk(architecture, dtype, batch, seq, streams
     torch.testing.assert_close(got[:, :seq], want, **close)
     if streams:
         torch.testing.assert_close(got[:, seq:], stream_want[:, 0], **close)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("streams, lora", [(0, 2), (3, 0), (3, 2)])
+@torch.no_grad()
+def test_products_in_parts_equal_the_eager_walk(architecture, streams, lora, count, fresh, monkeypatch):
+    """More than 32 rows, where output and second MLP product are left in parts, but for those whose streams LoRA changes."""
+    model = fresh(architecture, torch.float32, lora_rank=lora)
+    ids = torch.randint(1, 13, (2, 40), generator=torch.Generator().manual_seed(count))
+    anchors = torch.tensor([39, 17])
+    want, stream_want = model.stream_forward(ids, anchors[:, None], streams=streams)
+    divided = []
+
+    def parts_for(rows, weight):
+        divided.append(rows.shape[1])
+        return count
+
+    monkeypatch.setattr(fused_layers, "runs_here", lambda rows, inner: rows <= 32)
+    monkeypatch.setattr(fused_layers, "parts_for", parts_for)
+    got = sequences(model, ids, anchors, streams)
+    layers, first = len(model.decoder_layers()), model.first_stream_layer
+    above = 0 if streams and lora else layers - first
+    assert divided == [40] * (2 * first) + [40 + streams] * (2 * above)
+    close = {"atol": EXACT[torch.float32], "rtol": EXACT[torch.float32]}
+    torch.testing.assert_close(got[:, :40], want, **close)
+    if streams:
+        torch.testing.assert_close(got[:, 40:], stream_want[:, 0], **close)
+
+
+@torch.no_grad()
+def test_packed_products_are_not_divided(fresh, monkeypatch):
+    model = quantize_model(fresh("llama", torch.float32, lora_rank=0), PackedWeightsConfig(bits=8))
+    monkeypatch.setattr(fused_layers, "runs_here", lambda rows, inner: False)
+    monkeypatch.setattr(fused_layers, "parts_for", lambda rows, weight: 2)
+    walk, ids = Walk(model, 1), torch.ones(1, 5, dtype=torch.int64)
+    hidden = model.embed_rows(ids, torch.arange(5)[None]).contiguous()
+    lengths = torch.zeros(1, dtype=torch.int64)
+    _, update = walk.run(range(1), hidden, None, torch.arange(5)[None], lengths, StepRows(5))
+    assert not isinstance(update, Parts)
 
 
 @pytest.mark.parametrize("lora", [0, 2])
