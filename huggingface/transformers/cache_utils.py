@@ -7,8 +7,8 @@ after verification the accepted ones are copied to their positions and the rest 
     step      c c c c c | 0 1 2 3
     commit    c c c c c   0 2          length 7
 
-Lower and upper layers keep their rows in one block each, because after pruning they hold different rows of the same tree; one
-copy then commits all layers of a block.
+One block holds all layers, so that one copy commits them. Where a tree was pruned, lower and upper layers hold different rows of
+it and are committed apart.
 """
 
 from __future__ import annotations
@@ -106,10 +106,9 @@ class StaticTreeCache(Cache):
         self.scratch = scratch
         # Zeros, not empty: a masked key weighs nothing, but nothing times an unset NaN is NaN.
         shape = (2, batch, kv_heads, capacity + scratch, head_dim)
-        self.below = torch.zeros((first_upper, *shape), dtype=dtype, device=device)
-        self.above = torch.zeros((num_layers - first_upper, *shape), dtype=dtype, device=device)
-        blocks = [*self.below, *self.above]
-        super().__init__(layers=[StaticTreeLayer(self._base, keys, values) for keys, values in blocks])
+        self.block = torch.zeros((num_layers, *shape), dtype=dtype, device=device)
+        self.below, self.above = self.block[:first_upper], self.block[first_upper:]
+        super().__init__(layers=[StaticTreeLayer(self._base, keys, values) for keys, values in self.block])
 
     @property
     def base(self) -> int:
@@ -148,7 +147,7 @@ class StaticTreeCache(Cache):
 
     def nbytes(self) -> int:
         """Returns the bytes of keys and values."""
-        return self.below.nbytes + self.above.nbytes
+        return self.block.nbytes
 
     def commit(self, paths_below: torch.Tensor, paths_above: torch.Tensor, lengths: torch.Tensor) -> None:
         """Copies the accepted rows of the last step to their positions, in place.
@@ -161,6 +160,9 @@ class StaticTreeCache(Cache):
             paths_above: the same for the layers above it, counted among the rows that survived pruning.
             lengths: (batch,) int64 committed length of each sequence before this step.
         """
+        if paths_below is paths_above:
+            self._move(self.block, paths_below, lengths)
+            return
         for block, paths in ((self.below, paths_below), (self.above, paths_above)):
             if block.shape[0]:
                 self._move(block, paths, lengths)

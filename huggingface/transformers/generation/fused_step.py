@@ -20,6 +20,7 @@ from ..cache_utils import StaticTreeCache
 from ..integrations.context_lookup import lookup_continuation
 from ..integrations.fused_norm import add_norm, settle
 from ..integrations.quantized_linear import QuantizedLinear
+from ..integrations.row_inputs import embed_nodes, start_streams
 from ..integrations.skinny_linear import linear
 from ..integrations.tree_acceptance import (
     BestTokensWorkspace,
@@ -35,6 +36,9 @@ from .draft_settings import rank_accuracy
 from .tree_tuning import DraftPlan
 from .verification import Rule
 
+MOST_HEAD_ROWS = 192
+"""Rows that go through the LM head together: those of the nodes, and of the streams of whichever node is accepted. Up to here
+it is read once for what would take two readings, one after the other; more rows compute longer than it is read."""
 LEAST_SHARE = 1e-4
 """Accuracy assumed of a rank that calibration never saw right; its logarithm must be finite."""
 
@@ -56,6 +60,8 @@ class FusedStep:
         self.model = weakref.proxy(model)
         self.plan, self.rule = plan, rule
         self.layers = fused_layers_of(model)
+        tables = (model.get_input_embeddings(), model.position_embedding())
+        self.embeddings = [table.weight for table in tables if table is not None]
         self.nodes = plan.shape.nodes
         self.streams = plan.shape.streams if self.nodes > 1 else 0
         self.carriers = min(plan.carriers or self.nodes, self.nodes)
@@ -67,15 +73,19 @@ class FusedStep:
         def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        hidden = model.config.hidden_size
-        states = (
-            torch.zeros(batch, self.streams, hidden, dtype=dtype, device=device) if self.streams else None
-        )
+        vocab = model.get_output_embeddings().weight.shape[0]
+        # Held here: a graph knows nothing but addresses.
+        self.tables = model.draft_tables() if self.nodes > 1 else None
+        rows = batch * (self.nodes + self.carriers * self.streams)
+        whole = self.tables is not None and self.tables.head is None
+        self.streams_to_head = whole and rows <= MOST_HEAD_ROWS
+        width = vocab if self.streams_to_head else model.config.hidden_size
+        states = torch.zeros(batch, self.streams, width, dtype=dtype, device=device) if self.streams else None
         self.state = StepState(
             root=integers(batch),
             lengths=integers(batch),
             finished=integers(batch, dtype=torch.bool),
-            stream_hidden=states,
+            stream_states=states,
             history=integers(batch, slots) if plan.lookup else None,
             base=integers(batch),
         )
@@ -87,12 +97,9 @@ class FusedStep:
         self.continuation = integers(batch, plan.lookup) if plan.lookup else None
         self.numbers = torch.arange(1, self.streams + 1, device=device)
         self.workspaces = {self.nodes: self._attention_workspace(self.nodes + self.carriers * self.streams)}
-        vocab = model.get_output_embeddings().weight.shape[0]
         self.choosing = {
             count: BestTokensWorkspace.allocate(batch * count, vocab, device) for count in {1, self.nodes}
         }
-        # Held here: a graph knows nothing but addresses.
-        self.tables = model.draft_tables() if self.nodes > 1 else None
         self.drafting = self._draft_workspace(batch, device) if self.nodes > 1 else None
         self.prior = self._prior(device) if self.nodes > 1 else None
         self.turns = self._turns(slots + self.streams + self.depth)
@@ -161,29 +168,33 @@ class FusedStep:
         states = settle(hidden, update)
         last = states.gather(1, anchors[:, None, None].expand(-1, 1, states.shape[2]))
         states = add_norm(torch.cat([last, states[:, seq:]], dim=1), None, model.last_norm())[0]
-        logits = self._head(states[:, :1])
+        logits, states = self._read_out(states, 1)
         self.first[:, :1] = self._choose(logits)
         self.first[:, 1] = torch.isfinite(logits).flatten(1).all(dim=1)
         state = self.state
         state.root.copy_(self.first[:, 0])
         state.lengths.copy_(lengths)
         state.finished.zero_()
-        if state.stream_hidden is not None:
-            state.stream_hidden.copy_(states[:, 1:])
+        if state.stream_states is not None:
+            state.stream_states.copy_(states)
         if state.history is not None:
             state.history[:, :seq] = prompts
             state.history.scatter_(1, lengths[:, None], state.root[:, None])
 
     def draft(self) -> None:
         """Grows the tree of the next step."""
-        states, tables = self.state.stream_hidden, self.tables
+        states, tables = self.state.stream_states, self.tables
         if self.drafting is None or tables is None or states is None:
             self.tree.tokens.copy_(self.state.root[:, None])
             return
         if self.continuation is not None and self.state.history is not None:
             lookup_continuation(self.state.history, self.state.lengths, self.state.root, self.continuation)
+        if tables.head is not None:
+            states = linear(states, tables.head, tables.head_bias)
+        elif not self.streams_to_head:
+            states = self._head(states)
         draft_tree(
-            self._head(states) if tables.head is None else tables.logits(states),
+            states,
             self.state.root,
             tables.parents,
             tables.tokens,
@@ -199,27 +210,24 @@ class FusedStep:
     def forward(self) -> None:
         """Runs the tree through the model."""
         model, tree, lengths = self.model, self.tree, self.state.lengths
-        # A sequence at its end must not run past the last position; what it says there is dropped.
-        positions = (lengths[:, None] + tree.depths).clamp(max=model.config.max_position_embeddings - 1)
-        hidden = model.embed_rows(tree.tokens, positions).contiguous()
+        limit = model.config.max_position_embeddings
+        hidden, positions = embed_nodes(tree.tokens, lengths, tree.depths, limit, *self.embeddings)
         rows = StepRows(self.nodes, 0, tree.ancestors, tree.depths)
         hidden, update = self._below(hidden, positions, lengths, rows)
         if self.streams:
             hidden, update = settle(hidden, update), None
             # Nodes are numbered from the likeliest on.
-            carriers = slice(self.carriers)
-            hidden = torch.cat([hidden, model.streams.start(hidden[:, carriers], self.streams)], dim=1)
+            offsets = model.streams.embedding.weight[: self.streams]
+            hidden = start_streams(hidden, offsets, self.carriers)
             if self.turns is not None:
-                ahead = (positions[:, carriers, None] + self.numbers).flatten(1)
+                ahead = (positions[:, : self.carriers, None] + self.numbers).flatten(1)
                 positions = torch.cat([positions, ahead], dim=1)
             rows = StepRows(self.nodes, self.streams, tree.ancestors, tree.depths, carriers=self.carriers)
         hidden, update = self._above(hidden, update, positions, lengths, rows)
         states = add_norm(hidden, update, model.last_norm())[0]
-        self.logits = self._head(states[:, : self.nodes])
+        self.logits, states = self._read_out(states, self.nodes)
         self.stream_states = (
-            states[:, self.nodes :].unflatten(1, (self.carriers, self.streams)).contiguous()
-            if self.streams
-            else None
+            states.unflatten(1, (self.carriers, self.streams)).contiguous() if self.streams else None
         )
 
     def verify(self) -> None:
@@ -230,8 +238,7 @@ class FusedStep:
     def commit(self) -> None:
         """Moves the accepted rows of the cache to their positions."""
         if self.nodes > 1:
-            blocks = [block for block in (self.cache.below, self.cache.above) if block.shape[0]]
-            commit_rows(blocks, self.path, self.packed, self.state.base, self.state.finished)
+            commit_rows(self.cache.block, self.path, self.packed, self.state.base, self.state.finished)
 
     def _below(self, hidden, positions, lengths, rows: StepRows):
         layers = range(self.model.first_stream_layer)
@@ -248,6 +255,13 @@ class FusedStep:
             turns = cos, sin
         workspace = self.workspaces[rows.nodes]
         return self.layers.run(layers, hidden, update, turns, lengths, rows, self.cache, workspace)
+
+    def _read_out(self, states: torch.Tensor, nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the logits of the first rows, which are the nodes', and what the streams are drafted from: states or logits."""
+        if self.streams_to_head:
+            logits = self._head(states)
+            return logits[:, :nodes].contiguous(), logits[:, nodes:]
+        return self._head(states[:, :nodes]), states[:, nodes:]
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         head = self.model.get_output_embeddings()

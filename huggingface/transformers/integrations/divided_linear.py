@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-FEWEST_ROWS, MOST_ROWS = 33, 192
-FEWEST_COLUMNS, MOST_COLUMNS = 512, 2048
+FEWEST_ROWS, MOST_ROWS, MOST_WIDE_ROWS = 33, 192, 128
+FEWEST_COLUMNS, NARROW_COLUMNS, WIDE_COLUMNS, MOST_COLUMNS = 512, 1024, 2049, 2560
 LEAST_INPUTS, DEEP_INPUTS = 2048, 8192
 ALIGNED = 8
 """Inputs in 16 bytes, at a multiple of which every part has to start for the library's faster kernels."""
@@ -49,16 +49,21 @@ def choose_parts(rows: int, columns: int, inner: int) -> int | None:
     Microseconds of the library's product with bias, and of 2 and 4 parts without adding them (H200, bfloat16, other weights in
     every call)::
 
-        inputs  outputs        64 rows               80                    96                   128                   160
-         2,048    2,048   6.52  5.51  5.59    6.69  5.64  5.92     6.72  5.70  6.05     6.91  5.86  6.37     6.90  6.12  6.79
-         8,192    2,048  15.18 12.35 12.43   16.76 12.72 12.54    15.95 12.83 12.55    16.43 14.32 13.08    18.70 14.48 13.52
+        inputs  outputs        49 rows               80                    112                   160
+         2,048    2,048                     6.69  5.64  5.92     6.9   5.9   6.4     6.90  6.12  6.79
+         8,192    2,048                    16.76 12.72 12.54    16.4  14.3  13.1    18.70 14.48 13.52
+         3,072      768   7.4   5.4   4.7    8.2   5.7   5.1     8.4   5.8   5.2     8.5   6.0   5.3
+         2,560    2,560   7.5   6.8   7.0    7.8   7.0   7.7     8.1   7.0   7.6     8.6   8.7   8.8
+        10,240    2,560  19.7  18.3  17.1   20.3  17.9  18.4    21.2  18.1  18.7    23.8  24.1  21.0
+         4,096    4,096  12.7  12.4  12.6   12.8  12.6  13.2    13.0  12.9  14.0    15.9  13.4  14.9
 
-    Products of 2,048 inputs and 6,144 or 8,192 outputs lost from being divided. Not measured: other inputs and outputs, fewer
-    than 64 rows or more than 160, float16 and other GPUs.
+    (2,048 outputs under 112: 128 rows.) Products of 2,048 inputs and 6,144 or 8,192 outputs lost from being divided. Not
+    measured: other sizes, more than 160 rows, float16 and other GPUs.
     """
-    count = 4 if inner >= DEEP_INPUTS else 2
+    wide = columns >= WIDE_COLUMNS
+    count = 4 if not wide and (columns <= NARROW_COLUMNS or inner >= DEEP_INPUTS) else 2
     gains = (
-        FEWEST_ROWS <= rows <= MOST_ROWS
+        FEWEST_ROWS <= rows <= (MOST_WIDE_ROWS if wide else MOST_ROWS)
         and FEWEST_COLUMNS <= columns <= MOST_COLUMNS
         and inner >= LEAST_INPUTS
         and inner % (ALIGNED * count) == 0

@@ -6,7 +6,6 @@ nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +30,8 @@ class StepState:
         root: (batch,) int64 last committed tokens; they have no cache row yet.
         lengths: (batch,) int64 committed rows.
         finished: (batch,) bool; such a sequence grows no longer.
-        stream_hidden: (batch, streams, hidden) stream states at the last accepted node, zeros where there are none; `None`
-            without streams.
+        stream_states: (batch, streams, width) what the streams of the last accepted node hold, states or logits, zeros where
+            there are none; `None` without streams.
         history: (batch, capacity) int64 tokens by position, the root at `lengths`; `None` where nobody reads them.
         base: (batch,) int64 committed rows before the last step, where that step's rows begin.
     """
@@ -40,7 +39,7 @@ class StepState:
     root: torch.Tensor
     lengths: torch.Tensor
     finished: torch.Tensor
-    stream_hidden: torch.Tensor | None
+    stream_states: torch.Tensor | None
     history: torch.Tensor | None
     base: torch.Tensor
 
@@ -126,7 +125,7 @@ def accept_and_advance(
     Args:
         chosen: (batch, nodes) int64 tokens that the target picks at each node.
         tree: the verified trees.
-        stream_states: (batch, carriers, streams, hidden) of the first nodes; `None` if the state holds none.
+        stream_states: (batch, carriers, streams, width) of the first nodes; `None` if the state holds none.
         state: advanced in place.
         packed: (batch, depth + 2) int64, becomes: number of emitted tokens, the tokens, zeros.
         path: (batch, depth + 1) int64, becomes: accepted nodes, root first, the last one repeated. Deeper nodes are rejected.
@@ -135,9 +134,9 @@ def accept_and_advance(
         accept_and_advance_reference(chosen, tree, stream_states, state, packed, path)
         return
     batch, nodes = chosen.shape
-    streams = state.stream_hidden is not None
-    size = state.stream_hidden[0].numel() if state.stream_hidden is not None else 0
-    carriers, hidden = (
+    streams = state.stream_states is not None
+    size = state.stream_states[0].numel() if state.stream_states is not None else 0
+    carriers, width = (
         (stream_states.shape[1], stream_states.shape[3]) if stream_states is not None else (1, 0)
     )
     accept_kernel[(batch, 1 + -(-size // STATE_BLOCK))](
@@ -150,7 +149,7 @@ def accept_and_advance(
         state.root,
         state.lengths,
         state.finished,
-        state.stream_hidden,
+        state.stream_states,
         state.history,
         state.base,
         packed,
@@ -159,7 +158,7 @@ def accept_and_advance(
         path.shape[1] - 1,
         carriers,
         size,
-        hidden,
+        width,
         state.history.shape[1] if state.history is not None else 0,
         STREAMS=streams,
         HISTORY=state.history is not None,
@@ -194,12 +193,12 @@ def accept_and_advance_reference(
         length = int(state.lengths[row])
         state.base[row] = length
         state.root[row] = emitted[-1]
-        if state.stream_hidden is not None and stream_states is not None:
+        if state.stream_states is not None and stream_states is not None:
             carrier = max(node for node in accepted if node < stream_states.shape[1])
             passed = count - 1 - accepted.index(carrier)
             left = stream_states[row, carrier, passed:]
-            state.stream_hidden[row, : len(left)] = left
-            state.stream_hidden[row, len(left) :] = 0
+            state.stream_states[row, : len(left)] = left
+            state.stream_states[row, len(left) :] = 0
         if not state.finished[row]:
             state.lengths[row] = length + count
             if state.history is not None:
@@ -208,62 +207,48 @@ def accept_and_advance_reference(
 
 
 def commit_rows(
-    blocks: Sequence[torch.Tensor],
+    block: torch.Tensor,
     path: torch.Tensor,
     packed: torch.Tensor,
     base: torch.Tensor,
     finished: torch.Tensor,
 ) -> None:
-    """Copies the accepted rows of the last step to their positions, in place; one launch a block.
+    """Copies the accepted rows of the last step to their positions, in place, in one launch.
 
     Row `base + path[i]` goes to slot `base + i`. Nothing but the accepted rows of sequences that still grow is written.
 
     Args:
-        blocks: (layers, 2, batch, kv_heads, slots, head_dim) keys and values.
+        block: (layers, 2, batch, kv_heads, slots, head_dim) keys and values.
         path: (batch, depth + 1) int64 accepted nodes, root first, rising.
         packed: (batch, depth + 2) int64; column 0 is the number of accepted nodes.
         base: (batch,) int64 slot of the step's first row.
         finished: (batch,) bool sequences that are left alone.
     """
-    for block in blocks:
-        if not block.numel():
-            continue
-        if unavailable(block.device) is not None:
-            _commit_reference(block, path, packed, base, finished)
-            continue
-        layers, _, batch, heads, slots, size = block.shape
-        commit_kernel[(layers * 2 * heads, batch)](
-            block,
-            path,
-            packed,
-            base,
-            finished,
-            heads,
-            slots,
-            path.shape[1],
-            *block.stride()[:5],
-            SIZE=size,
-            LANES=next_power_of_two(size),
-            ROWS=next_power_of_two(path.shape[1]),
-            **_overlap(block.device),
-        )
+    if unavailable(block.device) is not None:
+        commit_rows_reference(block, path, packed, base, finished)
+        return
+    layers, _, batch, heads, slots, size = block.shape
+    commit_kernel[(layers * 2 * heads, batch)](
+        block,
+        path,
+        packed,
+        base,
+        finished,
+        heads,
+        slots,
+        path.shape[1],
+        *block.stride()[:5],
+        SIZE=size,
+        LANES=next_power_of_two(size),
+        ROWS=next_power_of_two(path.shape[1]),
+        **_overlap(block.device),
+    )
 
 
 def commit_rows_reference(
-    blocks: Sequence[torch.Tensor],
-    path: torch.Tensor,
-    packed: torch.Tensor,
-    base: torch.Tensor,
-    finished: torch.Tensor,
-) -> None:
-    """Does what :func:`commit_rows` does, in plain PyTorch, row by row."""
-    for block in blocks:
-        _commit_reference(block, path, packed, base, finished)
-
-
-def _commit_reference(
     block: torch.Tensor, path: torch.Tensor, packed: torch.Tensor, base: torch.Tensor, finished: torch.Tensor
 ) -> None:
+    """Does what :func:`commit_rows` does, in plain PyTorch, row by row."""
     slots = block.shape[4]
     for row, nodes in enumerate(path.tolist()):
         if finished[row]:

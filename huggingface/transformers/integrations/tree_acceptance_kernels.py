@@ -59,7 +59,7 @@ def accept_kernel(
     root,
     lengths,
     finished,
-    stream_hidden,
+    kept_states,
     history,
     base,
     packed,
@@ -68,7 +68,7 @@ def accept_kernel(
     deepest,
     carriers,
     state_size,
-    hidden,
+    width,
     capacity,
     STREAMS: tl.constexpr,
     HISTORY: tl.constexpr,
@@ -123,10 +123,10 @@ def accept_kernel(
         carrier = tl.max(tl.where(on_path & (node < carriers), node, 0), axis=0)
         passed = count - 1 - tl.sum(tl.where(node == carrier, depth, 0), axis=0)
         element = (part - 1) * BLOCK + tl.arange(0, BLOCK)
-        ahead = element + passed * hidden
+        ahead = element + passed * width
         source = stream_states + (row * carriers + carrier) * state_size + ahead
         values = tl.load(source, mask=ahead < state_size, other=0.0)
-        tl.store(stream_hidden + row * state_size + element, values, mask=element < state_size)
+        tl.store(kept_states + row * state_size + element, values, mask=element < state_size)
 
 
 @jit

@@ -1,8 +1,7 @@
 """What drafting reads of the vocabulary: the tokens that streams may draft, and the tables that hold a row for each of them.
 
 A draft may hold any token, so drafting need not read every row of the language-model head: of a large vocabulary a fine-tuned
-model writes few tokens, and the streams learnt no others. Nor need it read the rows as they are: where decoding waits for memory,
-it reads a copy in four bits. Verification reads all rows as they are, so the text stays the same.
+model writes few tokens, and the streams learnt no others. Verification reads all rows, so the text stays the same.
 (Frequency-ranked drafting: "FR-Spec", arXiv 2502.14856; EAGLE-3's drafters call the number `draft_vocab_size`.)
 """
 
@@ -15,17 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...integrations.quantized_linear import QuantizedLinear, QuantizedWeight, quantized_linear
-from ...integrations.skinny_linear import DTYPES, linear
-from ...integrations.triton_support import unavailable
-from ...quantizers.packing import WeightFormat
+from ...integrations.quantized_linear import QuantizedLinear
 
 AT_ONCE = 16384
 """Rows of a quantised head that are read back at a time."""
-COPY = WeightFormat(4, 128)
-"""How the copy of the head is stored that is drafted from."""
-LEAST_COPIED = 2**24
-"""Bytes of a head from which a copy pays: 206 MB are read in 50 us, their copy in 16 (H200, 50,257 x 2,048, 4 rows)."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +26,14 @@ class DraftTables:
 
     Attributes:
         vocabulary: (drafted,) int64 those tokens, rising; `None` for all.
-        head: (drafted, hidden) their rows of the language-model head, or a copy in four bits; `None`: the model's own is read.
+        head: (drafted, hidden) their rows of the language-model head; `None` where the model's own is read.
         head_bias: (drafted,) their part of its bias, or `None`.
         parents: (vocab, rank) and
         tokens: (drafted, rank) factors of the bias that a token gains from the one before it; `None` for no such bias.
     """
 
     vocabulary: torch.Tensor | None
-    head: torch.Tensor | QuantizedWeight | None
+    head: torch.Tensor | None
     head_bias: torch.Tensor | None
     parents: torch.Tensor | None
     tokens: torch.Tensor | None
@@ -49,7 +41,7 @@ class DraftTables:
     @classmethod
     def of(
         cls,
-        vocabulary: torch.Tensor | None,
+        vocabulary: torch.Tensor,
         head: Any,
         dtype: torch.dtype,
         parents: torch.Tensor | None,
@@ -58,7 +50,7 @@ class DraftTables:
         """Returns the tables of the tokens in `vocabulary`.
 
         Args:
-            vocabulary: (drafted,) int64, `None` for all tokens.
+            vocabulary: (drafted,) int64.
             head: the language-model head.
             dtype: of its rows; a quantised head is read back.
             parents, tokens: (vocab, rank) factors for the whole vocabulary, or `None`.
@@ -66,35 +58,22 @@ class DraftTables:
         Raises:
             ValueError: `vocabulary` is no rising list of the head's tokens.
         """
-        if vocabulary is not None:
-            check_draft_vocab(
-                vocabulary, len(head.weight), "restore model.safetensors, or train the streams again"
-            )
-        elif not reads_copy(head, len(head.weight)):
-            return cls(None, None, None, parents, tokens)
-        rows = slice(None) if vocabulary is None else vocabulary
+        check_draft_vocab(
+            vocabulary, len(head.weight), "restore model.safetensors, or train the streams again"
+        )
         packed = isinstance(head, QuantizedLinear)
-        weight = head.packed.some(rows).dense(dtype) if packed else head.weight[rows]
         return cls(
             vocabulary,
-            QuantizedWeight.of(weight, COPY) if reads_copy(head, len(weight)) else weight,
-            head.bias[rows] if head.bias is not None else None,
+            head.packed.some(vocabulary).dense(dtype) if packed else head.weight[vocabulary],
+            head.bias[vocabulary] if head.bias is not None else None,
             parents,
-            tokens[rows] if tokens is not None else None,
+            tokens[vocabulary] if tokens is not None else None,
         )
 
     @property
     def drafted(self) -> int | None:
         """Number of tokens that may be drafted, `None` for all."""
         return None if self.vocabulary is None else len(self.vocabulary)
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Returns the (..., drafted) products of (..., hidden) states with `head`."""
-        states = states.contiguous()
-        if isinstance(self.head, QuantizedWeight):
-            return quantized_linear(states, self.head, self.head_bias)
-        assert self.head is not None
-        return linear(states, self.head, self.head_bias)
 
     def bias(self, parent_tokens: torch.Tensor) -> torch.Tensor | None:
         """Returns the (..., drafted) logits that tokens gain from the (...) int64 tokens before them, `None` for none."""
@@ -105,18 +84,6 @@ class DraftTables:
     def named(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns the tokens that stand in these rows of the tables, both int64 of any shape."""
         return rows if self.vocabulary is None else self.vocabulary[rows]
-
-
-def reads_copy(head: Any, rows: int) -> bool:
-    """Returns whether so many rows of a head are drafted from in four bits: kernels for it, half precision, bytes enough."""
-    weight = head.weight
-    return (
-        not isinstance(head, QuantizedLinear)
-        and weight.dtype in DTYPES
-        and unavailable(weight.device) is None
-        and weight.shape[1] % COPY.group_size == 0
-        and rows * weight[0].nbytes >= LEAST_COPIED
-    )
 
 
 def factor_of_head(head: Any, factor: nn.Module, dtype: torch.dtype) -> torch.Tensor:

@@ -71,6 +71,9 @@ def unfused_reason(model: Any) -> str | None:
 
 
 def _unfused_end(model: Any) -> str | None:
+    for table in (model.get_input_embeddings(), model.position_embedding()):
+        if table is not None and (type(table) is not nn.Embedding or table.max_norm is not None):
+            return f"no kernel knows the embedding {type(table).__name__}"
     norm, head = model.last_norm(), model.get_output_embeddings()
     if not fused_norm.is_known(norm):
         return f"no kernel knows the norm {type(norm).__name__}"

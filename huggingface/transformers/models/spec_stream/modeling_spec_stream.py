@@ -77,6 +77,10 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         """Returns (batch, rows, hidden) input states of (batch, rows) tokens at (batch, rows) positions."""
         raise TypeError(f"{type(self).__name__} must say how it embeds tokens.")
 
+    def position_embedding(self) -> nn.Module | None:
+        """Returns the table whose rows are added to the tokens', or `None` where positions are not embedded."""
+        return None
+
     def rotary(
         self, hidden: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -267,7 +271,9 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         """Returns what drafting reads of the vocabulary; kept between calls while nothing changes that it comes from."""
         parents, tokens = self.transition_tables() if self.streams.config.transition_rank else (None, None)
         vocabulary, head = self.streams.draft_vocab, self.get_output_embeddings()
-        source = _versions(*(one for one in (vocabulary, head.weight, tokens) if one is not None))
+        if vocabulary is None:
+            return DraftTables(None, None, None, parents, tokens)
+        source = _versions(vocabulary, head.weight, *([] if tokens is None else [tokens]))
         if self._draft_tables is None or self._draft_tables_source != source:
             dtype = self.get_input_embeddings().weight.dtype
             self._draft_tables = DraftTables.of(vocabulary, head, dtype, parents, tokens)
@@ -279,7 +285,7 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         tables = self.draft_tables()
         if tables.head is None:
             return self.get_output_embeddings()(stream_hidden)
-        return tables.logits(stream_hidden)
+        return F.linear(stream_hidden, tables.head, tables.head_bias)
 
     def set_draft_vocab(self, tokens: torch.Tensor | None) -> None:
         """Lets streams draft these tokens alone, in place.

@@ -21,14 +21,18 @@ from huggingface.transformers.integrations.skinny_linear import parts_for
 from .test_fused_norm import make_norm
 
 
-@pytest.mark.parametrize("rows", [33, 64, 80, 96, 128, 160, 192])
+@pytest.mark.parametrize("rows", [33, 64, 96, 128])
 @pytest.mark.parametrize(
     "columns, inner, count",
     [
         (2048, 2048, 2),
         (2048, 8192, 4),
         (2048, 5632, 2),
-        (512, 2048, 2),
+        (512, 2048, 4),
+        (768, 3072, 4),
+        (2560, 2560, 2),
+        (2560, 10240, 2),
+        (2561, 10240, None),
         (6144, 2048, None),
         (8192, 2048, None),
         (511, 2048, None),
@@ -44,6 +48,10 @@ def test_which_products_are_divided(rows, columns, inner, count):
 @pytest.mark.parametrize("rows", [1, 32, 193, 1000])
 def test_few_and_many_rows_are_not_divided(rows):
     assert choose_parts(rows, 2048, 8192) is None
+
+
+def test_wide_products_are_divided_up_to_fewer_rows():
+    assert (choose_parts(192, 2048, 8192), choose_parts(129, 2560, 10240)) == (4, None)
 
 
 def test_parts_are_added_in_their_order_and_rounded_once():

@@ -98,12 +98,12 @@ def walk(steps: list[FusedStep]) -> list[tuple[str, bool]]:
 
 def buffers_of(step: FusedStep) -> list[torch.Tensor]:
     """Returns every tensor that lasts from one step to the next."""
-    state, tree, drafting, caches = step.state, step.tree, step.drafting, (step.cache.below, step.cache.above)
+    state, tree, drafting = step.state, step.tree, step.drafting
     held = [
         *vars(state).values(),
         *vars(tree).values(),
         *vars(drafting).values(),
-        *caches,
+        step.cache.block,
         step.packed,
         step.path,
         step.first,

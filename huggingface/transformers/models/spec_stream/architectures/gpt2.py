@@ -52,6 +52,9 @@ class StreamGPT2LMHeadModel(StreamDecoder, GPT2LMHeadModel):
     def embed_rows(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))
 
+    def position_embedding(self) -> nn.Module:
+        return self.transformer.wpe
+
     def run_layer(self, index, hidden, mask, rotary, cache):
         return self.transformer.h[index](hidden, attention_mask=mask, past_key_values=cache)
 

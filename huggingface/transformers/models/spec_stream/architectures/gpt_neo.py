@@ -51,6 +51,9 @@ class StreamGPTNeoForCausalLM(StreamDecoder, SpecGPTNeoForCausalLM):
     def embed_rows(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))
 
+    def position_embedding(self) -> nn.Module:
+        return self.transformer.wpe
+
     def run_layer(self, index, hidden, mask, rotary, cache):
         return self.transformer.h[index](hidden, attention_mask=mask, layer_past=cache)[0]
 

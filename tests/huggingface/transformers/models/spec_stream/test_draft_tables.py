@@ -13,7 +13,6 @@ from huggingface.transformers.generation.draft_sources import StreamSource
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.graph_runner import release_runners
 from huggingface.transformers.generation.tree_tuning import DraftPlan
-from huggingface.transformers.integrations.quantized_linear import QuantizedWeight
 from huggingface.transformers.models.spec_stream import StreamConfig, draft_tables, load_streaming
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from models.loading.random_weights import random_model
@@ -115,42 +114,6 @@ def test_a_quantised_head_is_read_back(make_model, tmp_path, monkeypatch):
     packed._tables = None
     torch.testing.assert_close(packed.transition_tables()[1], whole)
     assert torch.equal(_generate(packed, plan=DraftPlan(TREE)), _generate(packed, drafts="none"))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("vocabulary", [None, DRAFTED])
-def test_a_large_head_is_drafted_from_in_four_bits(vocabulary, make_model, monkeypatch):
-    """The copy decides what is drafted alone: the text is the head's own."""
-    model = copy.deepcopy(make_model("llama", torch.float16, hidden_size=128, vocab_size=VOCAB))
-    monkeypatch.setattr(draft_tables, "unavailable", lambda device: None)
-    monkeypatch.setattr(draft_tables, "LEAST_COPIED", 1)
-    model.set_draft_vocab(vocabulary)
-    tables, head = model.draft_tables(), model.get_output_embeddings().weight
-    rows = head if vocabulary is None else head[vocabulary.sort().values]
-    assert isinstance(tables.head, QuantizedWeight)
-    assert tables.head is model.draft_tables().head
-    stored = tables.head.dense(torch.float32)
-    assert (stored - rows.float()).abs().max() <= rows.float().abs().max() / 8
-    states = torch.randn(2, 3, 128, dtype=torch.float16)
-    torch.testing.assert_close(
-        model.draft_logits(states).float(), states.float() @ stored.T, rtol=0.02, atol=0.02
-    )
-    assert torch.equal(_generate(model, plan=DraftPlan(TREE)), _generate(model, drafts="none"))
-    head.mul_(2.0)
-    torch.testing.assert_close(model.draft_tables().head.dense(torch.float32), 2 * stored)
-
-
-@torch.no_grad()
-def test_what_is_drafted_from_as_it_is(make_model, monkeypatch):
-    """Small heads, full precision, inputs that are no whole groups, a device without kernels."""
-    monkeypatch.setattr(draft_tables, "unavailable", lambda device: None)
-    half = {"dtype": torch.bfloat16, "vocab_size": VOCAB}
-    assert make_model("llama", hidden_size=128, **half).draft_tables().head is None
-    monkeypatch.setattr(draft_tables, "LEAST_COPIED", 1)
-    assert make_model("llama", hidden_size=48, seed=3, **half).draft_tables().head is None
-    assert make_model("llama", torch.float32, hidden_size=128, vocab_size=VOCAB).draft_tables().head is None
-    monkeypatch.setattr(draft_tables, "unavailable", lambda device: "no Triton")
-    assert make_model("llama", hidden_size=128, seed=4, **half).draft_tables().head is None
 
 
 @pytest.fixture
