@@ -19,6 +19,7 @@ import torch
 from ..cache_utils import StaticTreeCache
 from ..integrations.context_lookup import lookup_continuation
 from ..integrations.fused_norm import add_norm, settle
+from ..integrations.head_linear import head_linear
 from ..integrations.quantized_linear import QuantizedLinear
 from ..integrations.row_inputs import embed_nodes, start_streams
 from ..integrations.skinny_linear import linear
@@ -36,9 +37,9 @@ from .draft_settings import rank_accuracy
 from .tree_tuning import DraftPlan
 from .verification import Rule
 
-MOST_HEAD_ROWS = 192
-"""Rows that go through the LM head together: those of the nodes, and of the streams of whichever node is accepted. Up to here
-it is read once for what would take two readings, one after the other; more rows compute longer than it is read."""
+MOST_HEAD_ROWS = 256
+"""Rows of nodes and streams that go through the LM head together. Up to here it is read once for what would take two readings,
+one after the other: of the nodes', then of the accepted node's streams; more rows compute longer than it is read."""
 LEAST_SHARE = 1e-4
 """Accuracy assumed of a rank that calibration never saw right; its logarithm must be finite."""
 
@@ -77,9 +78,9 @@ class FusedStep:
         # Held here: a graph knows nothing but addresses.
         self.tables = model.draft_tables() if self.nodes > 1 else None
         rows = batch * (self.nodes + self.carriers * self.streams)
-        whole = self.tables is not None and self.tables.head is None
-        self.streams_to_head = whole and rows <= MOST_HEAD_ROWS
-        width = vocab if self.streams_to_head else model.config.hidden_size
+        self.streams_to_head = self.streams > 0 and rows <= MOST_HEAD_ROWS
+        drafted = self.tables.drafted or vocab if self.tables is not None else 0
+        width = drafted if self.streams_to_head else model.config.hidden_size
         states = torch.zeros(batch, self.streams, width, dtype=dtype, device=device) if self.streams else None
         self.state = StepState(
             root=integers(batch),
@@ -189,12 +190,13 @@ class FusedStep:
             return
         if self.continuation is not None and self.state.history is not None:
             lookup_continuation(self.state.history, self.state.lengths, self.state.root, self.continuation)
-        if tables.head is not None:
-            states = linear(states, tables.head, tables.head_bias)
+        logits = states
+        if not self.streams_to_head and tables.head is not None:
+            logits = linear(states, tables.head, tables.head_bias)
         elif not self.streams_to_head:
-            states = self._head(states)
+            logits = self._head(states)
         draft_tree(
-            states,
+            logits,
             self.state.root,
             tables.parents,
             tables.tokens,
@@ -226,9 +228,7 @@ class FusedStep:
         hidden, update = self._above(hidden, update, positions, lengths, rows)
         states = add_norm(hidden, update, model.last_norm())[0]
         self.logits, states = self._read_out(states, self.nodes)
-        self.stream_states = (
-            states.unflatten(1, (self.carriers, self.streams)).contiguous() if self.streams else None
-        )
+        self.stream_states = states.unflatten(1, (self.carriers, self.streams)) if self.streams else None
 
     def verify(self) -> None:
         """Accepts the longest path that the target agrees with and moves the state to its end."""
@@ -258,15 +258,19 @@ class FusedStep:
 
     def _read_out(self, states: torch.Tensor, nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the logits of the first rows, which are the nodes', and what the streams are drafted from: states or logits."""
-        if self.streams_to_head:
-            logits = self._head(states)
-            return logits[:, :nodes].contiguous(), logits[:, nodes:]
-        return self._head(states[:, :nodes]), states[:, nodes:]
+        if not self.streams_to_head:
+            return self._head(states[:, :nodes]), states[:, nodes:]
+        logits = self._head(states)
+        own, ahead = logits[:, :nodes], logits[:, nodes:]
+        vocabulary = self.tables.vocabulary if self.tables is not None else None
+        return own, ahead if vocabulary is None else ahead.index_select(2, vocabulary)
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         head = self.model.get_output_embeddings()
         states = states.contiguous()
-        return head(states) if isinstance(head, QuantizedLinear) else linear(states, head.weight, head.bias)
+        return (
+            head(states) if isinstance(head, QuantizedLinear) else head_linear(states, head.weight, head.bias)
+        )
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         if not self.rule.do_sample and not self.rule.processors:

@@ -19,7 +19,7 @@ VOCABULARY_BLOCK = 1024
 PROGRAMS = 256
 """Programs that keep a large GPU busy; more rows than that leave one program to each row."""
 STATE_BLOCK = 2048
-"""Elements of stream states that one program copies."""
+"""Numbers of a stream that one program copies."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def best_tokens(
     """Returns the (batch, nodes) int64 most likely tokens; ties go to the lowest.
 
     Args:
-        logits: (batch, nodes, vocab), contiguous, without NaN.
+        logits: (batch, nodes, vocab), the last dimension contiguous, without NaN.
         workspace: of :meth:`BestTokensWorkspace.allocate`; `None` makes one.
         out: (batch, nodes) int64, written and returned; `None` makes it.
     """
@@ -85,11 +85,13 @@ def best_tokens(
         workspace = BestTokensWorkspace.allocate(out.numel(), vocab, logits.device)
     blocks = workspace.keys.shape[1]
     best_tokens_kernel[(blocks, out.numel())](
-        logits.contiguous(),
+        logits,
         workspace.keys,
         workspace.arrivals,
         out,
         vocab,
+        logits.shape[1],
+        *logits.stride()[:2],
         TILES=-(-vocab // (blocks * VOCABULARY_BLOCK)),
         BLOCK=VOCABULARY_BLOCK,
         BLOCKS=next_power_of_two(blocks),
@@ -125,7 +127,8 @@ def accept_and_advance(
     Args:
         chosen: (batch, nodes) int64 tokens that the target picks at each node.
         tree: the verified trees.
-        stream_states: (batch, carriers, streams, width) of the first nodes; `None` if the state holds none.
+        stream_states: (batch, carriers, streams, width) of the first nodes, the last dimension contiguous; `None` if the state
+            holds none.
         state: advanced in place.
         packed: (batch, depth + 2) int64, becomes: number of emitted tokens, the tokens, zeros.
         path: (batch, depth + 1) int64, becomes: accepted nodes, root first, the last one repeated. Deeper nodes are rejected.
@@ -134,22 +137,22 @@ def accept_and_advance(
         accept_and_advance_reference(chosen, tree, stream_states, state, packed, path)
         return
     batch, nodes = chosen.shape
-    streams = state.stream_states is not None
-    size = state.stream_states[0].numel() if state.stream_states is not None else 0
-    carriers, width = (
-        (stream_states.shape[1], stream_states.shape[3]) if stream_states is not None else (1, 0)
-    )
-    accept_kernel[(batch, 1 + -(-size // STATE_BLOCK))](
+    held, strides = state.stream_states, (0, 0, 0)
+    carriers, streams, width = 1, 0, 0
+    if held is not None and stream_states is not None:
+        carriers, streams, width = stream_states.shape[1:]
+        strides = stream_states.stride()[:3]
+    accept_kernel[(batch, 1 + streams * -(-width // STATE_BLOCK))](
         chosen,
         tree.tokens,
         tree.parents,
         tree.depths,
         tree.ancestors,
-        stream_states if streams else None,
+        stream_states,
         state.root,
         state.lengths,
         state.finished,
-        state.stream_states,
+        held,
         state.history,
         state.base,
         packed,
@@ -157,10 +160,11 @@ def accept_and_advance(
         nodes,
         path.shape[1] - 1,
         carriers,
-        size,
+        streams,
         width,
         state.history.shape[1] if state.history is not None else 0,
-        STREAMS=streams,
+        *strides,
+        STREAMS=held is not None,
         HISTORY=state.history is not None,
         NODES=next_power_of_two(nodes),
         COLUMNS=next_power_of_two(packed.shape[1]),

@@ -17,12 +17,15 @@ def best_tokens_kernel(
     arrivals,
     out,
     vocab,
+    nodes,
+    batch_stride,
+    node_stride,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (parts of the vocabulary, rows); the last program of a row compares what the others found."""
+    """Grid (parts of the vocabulary, batch * nodes); the last program of a row compares what the others found."""
     release_dependents(PDL)
     wait_for_inputs(PDL)
     part = tl.program_id(0)
@@ -30,10 +33,11 @@ def best_tokens_kernel(
     parts = tl.num_programs(0)
     worst: tl.constexpr = -0x7FFFFFFFFFFFFFFF
     best = tl.full((BLOCK,), worst, tl.int64)
+    logits += (row // nodes) * batch_stride + (row % nodes) * node_stride
     for tile in range(TILES):
         token = (part * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         inside = token < vocab
-        scores = tl.load(logits + row * vocab + token, mask=inside, other=0.0).to(tl.float32)
+        scores = tl.load(logits + token, mask=inside, other=0.0).to(tl.float32)
         best = tl.maximum(best, tl.where(inside, sortable_key(scores, token), worst))
     top = tl.max(best, axis=0)
     if BLOCKS == 1:
@@ -67,9 +71,12 @@ def accept_kernel(
     nodes,
     deepest,
     carriers,
-    state_size,
+    streams,
     width,
     capacity,
+    batch_stride,
+    carrier_stride,
+    stream_stride,
     STREAMS: tl.constexpr,
     HISTORY: tl.constexpr,
     NODES: tl.constexpr,
@@ -77,7 +84,7 @@ def accept_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (batch, 1 + parts of the stream states); every program finds the path, the first one of a row writes it down."""
+    """Grid (batch, 1 + streams * parts of their states); every program finds the path, the first one of a row writes it down."""
     release_dependents(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -122,11 +129,15 @@ def accept_kernel(
     elif STREAMS:
         carrier = tl.max(tl.where(on_path & (node < carriers), node, 0), axis=0)
         passed = count - 1 - tl.sum(tl.where(node == carrier, depth, 0), axis=0)
-        element = (part - 1) * BLOCK + tl.arange(0, BLOCK)
-        ahead = element + passed * width
-        source = stream_states + (row * carriers + carrier) * state_size + ahead
-        values = tl.load(source, mask=ahead < state_size, other=0.0)
-        tl.store(kept_states + row * state_size + element, values, mask=element < state_size)
+        stream = (part - 1) % streams
+        feature = (part - 1) // streams * BLOCK + tl.arange(0, BLOCK)
+        within = feature < width
+        ahead = stream + passed
+        source = stream_states + row * batch_stride + carrier.to(tl.int64) * carrier_stride
+        values = tl.load(
+            source + ahead.to(tl.int64) * stream_stride + feature, mask=within & (ahead < streams), other=0.0
+        )
+        tl.store(kept_states + (row * streams + stream) * width + feature, values, mask=within)
 
 
 @jit

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
+from huggingface.transformers.generation import fused_step
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.fused_step import FusedStep
 from huggingface.transformers.generation.graph_runner import release_runners
@@ -129,6 +130,20 @@ def test_up_to_the_last_position(architecture, plan, make_fused):
     for lengths in ((58,), (63,), (LIMIT - 2, 50), (60, 63, 57)):
         prompts = [[1 + (7 * place + length) % 12 for place in range(length)] for length in lengths]
         check_equal(model, prompts, LIMIT, plan)
+
+
+@pytest.mark.parametrize(
+    "plan", [grown(7, 3), grown(8, 3, carriers=3), grown(4, 3, 1)], ids=["all", "some", "chain"]
+)
+def test_streams_drafted_from_logits_or_from_states(architecture, plan, make_fused, monkeypatch):
+    """The LM head is read once for nodes and streams, or again for the accepted node's: the trees are the same."""
+    prompts, emitted = [[3, 1, 4, 1, 5], [9, 2]], []
+    for most in (0, 256):
+        monkeypatch.setattr(fused_step, "MOST_HEAD_ROWS", most)
+        model = make_fused(architecture)
+        rows, statistics = decode(model, prompts, 20, plan=plan)
+        emitted.append((rows, [step.emitted for step in statistics.steps]))
+    assert emitted[0] == emitted[1]
 
 
 def test_thirty_two_nodes(architecture, make_fused):

@@ -39,6 +39,12 @@ def test_best_tokens_equal_the_reference(shape, dtype):
     assert best_tokens(logits).tolist() == best_tokens_reference(logits).tolist()
 
 
+@needs_kernels
+def test_rows_may_lie_apart():
+    logits = torch.randn(2, 9, 3007).to(DEVICE)[:, 2:7, :3001]
+    assert best_tokens(logits).tolist() == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("best", [best_tokens, best_tokens_reference])
 def test_ties_go_to_the_lowest_token(best):
     assert best(torch.zeros(1, 2, 3000, device=DEVICE)).tolist() == [[0, 0]]
@@ -103,7 +109,8 @@ def state_of(batch, lengths, finished=None, capacity=80):
 def accepted(accept, parents, tokens, chosen, state, depth=63, carriers=None):
     batch, nodes = tokens.shape
     torch.manual_seed(2)
-    states = torch.randn(batch, carriers or nodes, 3, 5).to(DEVICE)
+    # As they come out of the LM head: behind other rows, and with a gap behind each.
+    states = torch.randn(batch, 2 + 3 * (carriers or nodes), 8).to(DEVICE)[:, 2:, :5].unflatten(1, (-1, 3))
     packed = torch.full((batch, depth + 2), -7, device=DEVICE)
     path = torch.full((batch, depth + 1), -7, device=DEVICE)
     accept(chosen.to(DEVICE), tree_of(parents, tokens), states, state, packed, path)
@@ -274,7 +281,7 @@ def test_kernels_compile_without_spills():
         "nodes",
         "deepest",
         "carriers",
-        "state_size",
+        "streams",
         "width",
         "capacity",
         "vocab",
@@ -283,6 +290,7 @@ def test_kernels_compile_without_spills():
         "columns",
     )
     strides = ("layer_stride", "kind_stride", "batch_stride", "head_stride", "slot_stride")
+    strides += ("node_stride", "carrier_stride", "stream_stride")
     integers |= {name: "i32" for name in (*sizes, *strides)}
     kernels = []
     for kind in ("bf16", "fp32"):
