@@ -165,4 +165,4 @@ def test_the_captured_step_uses_it(streaming, monkeypatch):
     drafted = streaming.generate(IDS, plan=plan, **options)
     assert (plain.statistics.runner, drafted.statistics.runner) == ("eager", "cuda graph")
     assert torch.equal(drafted.sequences, plain.sequences)
-    assert {1, 3, 6} <= set(seen)  # a prompt's last row, streams that draft, a tree's nodes
+    assert set(seen) == {4, 24}  # a prompt's last row or a tree's nodes, and their streams
