@@ -9,7 +9,7 @@
 #   train_125m     GPT-Neo-125M's shape from scratch, then on what it writes itself (5.4 minutes of training)
 #   tables_125m    all peers; needs train_125m
 #   more_125m      batches, float32 and quantised quality; needs train_125m
-#   train_1.3b     the same at 1.3B's shape (7 minutes of training, the first 5 on GPUS=2 of them)
+#   train_1.3b     the same at 1.3B's shape (6.5 minutes of training, the first 4.5 on GPUS=2 of them)
 #   tables_1.3b    all peers, and four bits with streams; needs train_1.3b and train_125m
 #
 # DATA holds the data sets' official files; models and results go to OUT. DRY=1 prints the commands instead. Times are those of an
@@ -84,7 +84,7 @@ train_1.3b() {
         launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
     fi
     train base_1.3b "${large[@]}" --mode scratch --model_config configs/gpt_neo_1.3b.json \
-        --learning_rate 2e-3 --warmup_steps 60 --max_train_minutes 5 --calibration_prompts 0
+        --learning_rate 2e-3 --warmup_steps 60 --max_train_minutes 4.5 --calibration_prompts 0
     launcher=()
     train gpt_neo_1.3b "${large[@]}" --mode joint --targets own --model_name_or_path "$out/base_1.3b" \
         --learning_rate 1e-3 --muon_learning_rate 1e-3 --warmup_steps 20 --max_train_minutes 2 --max_new_tokens 128 \
