@@ -280,7 +280,7 @@ class CapturedRun(DecodeRun):
 
     def step(self) -> None:
         started = time.perf_counter()
-        emitted = self.runner.step(self.sequences.wanted(), self.timer)
+        emitted = self.runner.step(self.sequences.wanted(), self.timer, self.sequences.go_on)
         with self.timer.time("host"):
             gained = self.sequences.extend(emitted)
             self._after()

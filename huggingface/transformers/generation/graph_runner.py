@@ -5,8 +5,9 @@ between steps (lengths, the tree, tokens) is read from fixed buffers, so one cap
 geometry: (batch, capacity, draft plan, sampling). Prompts are padded to a bucket, with a graph for each.
 
 The host reads a step's tokens from pinned memory as soon as `verify` has them; the copy and its event are a branch of the graph,
-beside which the device commits and drafts. Plain decoding has nothing to do there, so it runs one step ahead of the host instead;
-two graphs take turns, so that no unread token is written over. A prompt comes from pinned memory within its graph, and its first
+beside which the device commits and drafts. Where the tokens say that there is a next step, it is launched before the host does
+anything else with them. Plain decoding has nothing to do in the meantime, so it runs one step ahead of the host instead; two
+graphs take turns, so that no unread token is written over. A prompt comes from pinned memory within its graph, and its first
 token leaves like a step's.
 """
 
@@ -290,12 +291,15 @@ class GraphRunner:
         first = self._first.tokens.tolist()
         return [token for token, _ in first], all(finite for _, finite in first)
 
-    def step(self, wanted: int, timer: PhaseTimer) -> list[list[int]]:
+    def step(
+        self, wanted: int, timer: PhaseTimer, goes_on: Callable[[list[list[int]]], bool] | None = None
+    ) -> list[list[int]]:
         """Runs a step and returns what each sequence emitted.
 
         Args:
             wanted: steps that the caller will still ask for unless a sequence ends; none beyond them is started ahead.
             timer: takes the phases' seconds, where they are captured apart.
+            goes_on: says of what each sequence emitted whether the caller will ask for a step more, which then starts at once.
         """
         if self.geometry.phases:
             for phase, graph in self._steps[0]:
@@ -303,15 +307,21 @@ class GraphRunner:
                     graph.replay()
             packed = self.step_buffers.packed.tolist()
         else:
-            ahead = min(self.ahead, wanted - 1)
-            while self._issued <= self._read + ahead:
-                self._steps[self._issued % len(self._steps)][0][1].replay()
-                self._issued += 1
+            self._issue(self._read + min(self.ahead, wanted - 1))
             outlet = self._outlets[self._read % len(self._outlets)]
             outlet.ready.synchronize()
             packed = outlet.tokens.tolist()
         self._read += 1
-        return [row[1 : 1 + row[0]] for row in packed]
+        emitted = [row[1 : 1 + row[0]] for row in packed]
+        if not self.geometry.phases and goes_on is not None and goes_on(emitted):
+            self._issue(self._read)
+        return emitted
+
+    def _issue(self, last: int) -> None:
+        """Launches the steps up to that one which are not on their way."""
+        while self._issued <= last:
+            self._steps[self._issued % len(self._steps)][0][1].replay()
+            self._issued += 1
 
     def replay_prefill(self, tokens: int) -> Callable[[], None]:
         """Returns what replays the prompt pass that serves `tokens` tokens, for measuring."""

@@ -162,6 +162,17 @@ class Sequences:
                 return "criteria"
         return None
 
+    def go_on(self, tokens: list[list[int]]) -> bool:
+        """Returns whether a sequence will still run when it has these tokens; `False` where the caller's criteria decide that."""
+        if self.rule.criteria:
+            return False
+        for row, new in enumerate(tokens):
+            count = self.counts[row] + len(new)
+            room = min(self.rule.max_new_tokens, self.limit - self.prompt_lengths[row])
+            if self._reasons[row] is None and count < room and self.rule.eos.isdisjoint(new):
+                return True
+        return False
+
     def newly_finished(self) -> bool:
         """Returns whether the last extension ended a sequence."""
         return self._changed

@@ -322,6 +322,24 @@ def test_drafting_never_runs_ahead(host):
 
 
 @torch.no_grad()
+def test_a_step_that_there_will_be_starts_before_anything_else_is_done(host):
+    """It is launched as soon as the tokens in front of it are read, and read as if it had been launched when asked for."""
+    timer, prompt = PhaseTimer(torch.device("cpu"), False), (torch.tensor([[3, 1, 4]]), torch.tensor([3]))
+    runner = host(TREE)
+    runner.prefill(*prompt)
+    want = [runner.step(20, timer) for _ in range(4)]
+    runner.prefill(*prompt)
+    runner.replays, seen = 0, []
+    for step, on in enumerate((True, True, False, True), start=1):
+        emitted = runner.step(20, timer, lambda tokens, on=on: seen.append(tokens) or on)
+        assert emitted == seen[-1]
+        assert runner.replays == step + on
+    assert seen == want
+    runner.prefill(*prompt)  # what was on its way is forgotten
+    assert [runner.step(20, timer) for _ in range(4)] == want
+
+
+@torch.no_grad()
 def test_padding_of_a_bucket_is_not_seen(host):
     """What earlier prompts left behind in the bucket changes nothing."""
     runner, timer = host(TREE), PhaseTimer(torch.device("cpu"), False)
