@@ -87,6 +87,11 @@ def train(flags: TrainingFlags) -> Outcome:
     if resume is not None:
         check_resumed(flags, resume)
     process = training_arguments(flags)
+    if process.world_size < torch.cuda.device_count():
+        logger.info(
+            "%d GPUs are visible, %d trains; `python -m torch.distributed.run --standalone --nproc_per_node N "
+            "train_spec_stream.py ...` uses N.", torch.cuda.device_count(), process.world_size
+        )  # fmt: skip
     upstream_logging.disable_progress_bar()
     text = load(flags)
     with process.main_process_first(desc="preparing data and model"):

@@ -33,10 +33,23 @@ logger = logging.getLogger(__name__)
 EPOCHS_WITHOUT_END = 100_000
 
 
+class OneDeviceArguments(TrainingArguments):
+    """Upstream's arguments of a process that trains on one GPU, however many it sees.
+
+    Upstream would give each of them a share of a batch in one process (`DataParallel`), which is slower than a process for each,
+    and batches packed by rows have no such shares.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """Returns how many GPUs the process uses."""
+        return min(1, super().n_gpu)
+
+
 def training_arguments(flags: TrainingFlags) -> TrainingArguments:
     """Returns upstream's arguments for our flags."""
     timed = flags.max_train_minutes is not None and flags.max_steps is None
-    return TrainingArguments(
+    return OneDeviceArguments(
         output_dir=str(flags.output_dir),
         # With a budget of rows the sampler's items are whole batches.
         per_device_train_batch_size=1 if flags.batch_rows else flags.per_device_train_batch_size,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import train_spec_stream
 from training.arguments import TrainingFlags
@@ -17,7 +17,7 @@ from training.checkpoints import last_complete
 from training.errors import DivergedError
 from training.objective import StreamObjective
 from training.run import base_reference, cast_weights, run
-from training.trainer import StreamTrainer
+from training.trainer import StreamTrainer, training_arguments
 
 from .conftest import TINY_NEO, text_pairs, write_rows
 
@@ -47,6 +47,12 @@ def flags_for(mode: str, folder: Path, **changes) -> TrainingFlags:
     if mode != "scratch":
         values.pop("vocab_size")
     return TrainingFlags(**values)
+
+
+def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: 2))
+    arguments = training_arguments(flags_for("scratch", tmp_path, model_config=tmp_path))
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
 
 
 @pytest.fixture
