@@ -49,12 +49,6 @@ def flags_for(mode: str, folder: Path, **changes) -> TrainingFlags:
     return TrainingFlags(**values)
 
 
-def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path, monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: 2))
-    arguments = training_arguments(flags_for("scratch", tmp_path, model_config=tmp_path))
-    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
-
-
 @pytest.fixture
 def scratch(tmp_path, own_file, model_file):
     def make(name: str = "out", **changes) -> TrainingFlags:
@@ -62,6 +56,12 @@ def scratch(tmp_path, own_file, model_file):
         return flags_for("scratch", tmp_path / name, **values)
 
     return make
+
+
+def test_a_process_trains_on_one_gpu_however_many_it_sees(scratch, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: 2))
+    arguments = training_arguments(scratch())
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
 
 
 @pytest.fixture
