@@ -160,6 +160,8 @@ def test_the_rule_fits_whatever_the_size(rows):
         (16, (4096, 14336), FragmentTile(16, 1, 32, 8, 4, 255)),
         (32, (4096, 14336), None),
         (7, (14336, 4096), None),
+        (7, (2560, 2560), None),
+        (16, (2560, 10240), None),
     ],
 )
 def test_measured_products(rows, shape, expected):
