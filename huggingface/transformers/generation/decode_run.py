@@ -163,7 +163,7 @@ class EagerRun(DecodeRun):
     def prefill(self) -> None:
         """Runs the prompts, picks each sequence's first token and leaves the streams' states for the first draft."""
         rule = self.rule
-        prompts, lengths = self.sequences.prompts()
+        prompts, lengths = self.sequences.prompts(self.model.device)
         longest, shortest = int(lengths.max()), int(lengths.min())
         streams = self.plan.shape.streams
         room = min(self.sequences.room(), self.model.config.max_position_embeddings - shortest)
@@ -272,7 +272,8 @@ class CapturedRun(DecodeRun):
         self.statistics.kv_bytes = self.runner.step_buffers.cache.nbytes()
 
     def prefill(self) -> None:
-        tokens, finite = self.runner.prefill(*self.sequences.prompts())
+        # They enter the graph from the host's memory, and the host has read them: no way there and back.
+        tokens, finite = self.runner.prefill(*self.sequences.prompts("cpu"))
         if not finite:
             raise ValueError(_not_finite(self.model.dtype))
         self.sequences.extend([[token] for token in tokens])

@@ -98,14 +98,16 @@ class Sequences:
         self._changed = False
         self._streamed = 0
 
-    def prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompts(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (batch, longest) prompts padded on the right, so that slot and position agree, and their (batch,) lengths."""
         longest = max(self.prompt_lengths)
-        lengths = torch.tensor(self.prompt_lengths, device=self.input_ids.device)
-        if min(self.prompt_lengths) == self.input_ids.shape[1]:
+        lengths = torch.tensor(self.prompt_lengths, device=device)
+        if min(self.prompt_lengths) == self.input_ids.shape[1] and self.input_ids.device == torch.device(
+            device
+        ):
             return self.input_ids.long(), lengths  # no padding: they are there already
         rows = [prompt + [self.rule.pad] * (longest - len(prompt)) for prompt in self._prompts]
-        return torch.tensor(rows, device=self.input_ids.device), lengths
+        return torch.tensor(rows, device=device), lengths
 
     def room(self) -> int:
         """Returns the largest number of tokens a sequence may still emit before decoding starts."""
