@@ -61,6 +61,64 @@ def test_it_is_upstreams(held, given, more, caplog, monkeypatch):
     assert set(told[1][3]) <= set(told[0][3])
 
 
+@pytest.mark.parametrize("held", HELD, ids=range(len(HELD)))
+@pytest.mark.parametrize("given", GIVEN, ids=range(len(GIVEN)))
+def test_the_next_call_gets_the_same_and_its_own(held, given):
+    model, mask = model_with(**held), torch.ones(2)
+    arguments = {"top_p": 0.3, "attention_mask": mask, "no_such": 2}
+    expected, _ = GenerationMixin._prepare_generation_config(model, given, **arguments)
+    for _ in range(3):
+        config, left = prepare_generation_config(model, given, **arguments)
+        assert (fields_of(config), left) == (
+            fields_of(expected),
+            {"attention_mask": mask, "no_such": 2} | _attentions(expected),
+        )
+        for value in vars(config).values():
+            if isinstance(value, list):
+                value.append(9)
+        config.max_new_tokens = config.mine = 9
+
+
+def _attentions(config: GenerationConfig) -> dict:
+    return {"output_attentions": True} if config.output_attentions else {}
+
+
+def test_whatever_changes_between_calls_is_seen():
+    model = model_with(eos_token_id=[1, 2], spec={"sizes": [3]})
+    given = GenerationConfig(bad_words_ids=[[1]], top_k=1)
+
+    def prepared(**arguments) -> GenerationConfig:
+        config, left = prepare_generation_config(model, given, **arguments)
+        expected, rest = GenerationMixin._prepare_generation_config(model, given, **arguments)
+        assert (fields_of(config), left.keys()) == (fields_of(expected), rest.keys())
+        return config
+
+    prepared()
+    model.generation_config.eos_token_id.append(7)
+    assert prepared().eos_token_id == [1, 2, 7]
+    model.generation_config.spec["sizes"].append(4)
+    given.bad_words_ids[0].append(5)
+    assert prepared().bad_words_ids == [[1, 5]]
+    given.top_k = True  # equal to what it was
+    assert prepared().top_k is True
+    model.generation_config.temperature = 0.5
+    assert prepared().temperature == 0.5
+    assert prepared(attention_mask=torch.ones(2), temperature=0.7).temperature == 0.7
+    assert prepared(temperature=torch.ones(2)).temperature.tolist() == [1.0, 1.0]
+    assert prepared(temperature=torch.zeros(2)).temperature.tolist() == [0.0, 0.0]
+
+
+def test_a_changed_model_configuration_is_asked_again():
+    model, asked = model_with(), []
+    model.config._get_generation_parameters = lambda: asked.append(1) or {}
+    prepare_generation_config(model, None)
+    prepare_generation_config(model, None)
+    assert len(asked) == 1
+    model.config.max_length = 7
+    prepare_generation_config(model, None)
+    assert len(asked) == 2
+
+
 def test_nothing_is_shared_with_the_call():
     """What a call does to its configuration reaches neither the caller's nor the model's."""
     model = model_with(eos_token_id=[1, 2], spec={"sizes": [3]})
