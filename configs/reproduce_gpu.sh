@@ -9,15 +9,14 @@
 #   train_125m     GPT-Neo-125M's shape from scratch, then on what it writes itself (5.4 minutes of training)
 #   tables_125m    all peers; needs train_125m
 #   more_125m      batches, float32 and quantised quality; needs train_125m
-#   train_1.3b     the same at 1.3B's shape (6.5 minutes of training, the first 4.5 on GPUS=2 of them)
+#   train_1.3b     the same at 1.3B's shape (9 minutes of training divided by GPUS, then 2 on one)
 #   tables_1.3b    all peers, and four bits with streams; needs train_1.3b and train_125m
 #
 # DATA holds the data sets' official files; models and results go to OUT. DRY=1 prints the commands instead. Times are those of an
-# H200; on one GPU (GPUS=1, the default) 1.3B's first step needs twice as long to get as far. What is finished is not done again; a
-# table that was cut goes on where it stopped.
+# H200. What is finished is not done again; a table that was cut goes on where it stopped.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-    sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 data=$(realpath -m "$1") out=$(realpath -m "$2")
@@ -80,11 +79,12 @@ more_125m() {
 train_1.3b() {
     local large=(--bf16_weights --batch_rows 12288 --optimizer muon --adam_beta2 0.95 --save_dtype bfloat16)
     export PYTORCH_ALLOC_CONF=expandable_segments:True
-    if [ "${GPUS:-1}" -gt 1 ]; then
-        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+    local gpus=${GPUS:-1}
+    if [ "$gpus" -gt 1 ]; then
+        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
     fi
     train base_1.3b "${large[@]}" --mode scratch --model_config configs/gpt_neo_1.3b.json \
-        --learning_rate 2e-3 --warmup_steps 60 --max_train_minutes 4.5 --calibration_prompts 0
+        --learning_rate 2e-3 --warmup_steps 60 --max_train_minutes "$(awk "BEGIN { print 9 / $gpus }")" --calibration_prompts 0
     launcher=()
     train gpt_neo_1.3b "${large[@]}" --mode joint --targets own --model_name_or_path "$out/base_1.3b" \
         --learning_rate 1e-3 --muon_learning_rate 1e-3 --warmup_steps 20 --max_train_minutes 2 --max_new_tokens 128 \

@@ -69,7 +69,7 @@ class DraftPlan:
         lookup: tokens that a grown tree may copy from the context after an n-gram seen before; 0 for none.
         trust: of a grown tree, weight of the streams' own probabilities against the calibrated rank accuracies, 0 to 1.
         carriers: nodes of a grown tree that carry streams, the likeliest; `None` for all. Where decoding goes on from another
-            node, its nearest carrying ancestor's streams guess on.
+            node, its nearest carrying ancestor's streams guess on. A step launched from Python has streams at all nodes.
     """
 
     shape: TreeShape
@@ -79,6 +79,12 @@ class DraftPlan:
     lookup: int = 0
     trust: float = TRUST
     carriers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.carriers is not None and not 1 <= self.carriers <= self.shape.nodes:
+            raise ValueError(
+                f"carriers are some of the tree's {self.shape.nodes} nodes, got {self.carriers}."
+            )
 
     @property
     def rows(self) -> int:
@@ -242,7 +248,7 @@ def make_plan(
     keep = max(1, nodes // 2) if model.streams.config.pruning_rank else None
     lookup = LOOKUP if beam is not None and beam > 1 and nodes >= LEAST_LOOKUP_NODES else 0
     trust = saved_settings(model).get("trust", TRUST)
-    if carriers is not None and (beam is None or carriers >= nodes):
+    if carriers is not None and (beam is None or carriers >= shape.nodes):
         carriers = None
     return DraftPlan(shape, keep, source, beam, lookup, trust, carriers)
 

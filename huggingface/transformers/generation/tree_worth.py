@@ -69,8 +69,8 @@ def lasting_tokens(
     """Returns the tokens that steps with such trees emit on average, one after the other.
 
     Where the last accepted node carries no streams, those of its nearest ancestor that does guess on, and as many fewer as that
-    lies back: the next tree is less deep, and its guesses come from further. How far back is a Markov chain; the average is that
-    of its long run.
+    lies back; their guesses come from further. How far back is a Markov chain; the average is that of its long run. An
+    approximation: what the transition bias guesses alone, below the last of these streams, is not counted.
 
     Args:
         accuracy: as :func:`grow_tree` takes it.

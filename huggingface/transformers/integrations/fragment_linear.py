@@ -34,9 +34,9 @@ ROW_BLOCKS = ((8, 1), (16, 1), (16, 2), (8, 5))
 """Rows of a block and blocks, by rows: few, so that few kernels are compiled. More than 40 rows were not measured."""
 FEWEST_INPUTS, MOST_COLUMNS = 256, 8192
 """Less deep or wider products are the other kernel's. The least measured was 768 inputs; 28,672 columns were no faster here."""
-SLOW_FACTOR = 5
-"""A factor of the runs of an output's inputs with which warps hold few at a time. At GPT-Neo-2.7B's shape (2,560 inputs) the
-forward pass of 8 nodes took 2.57 ms with this kernel and 2.39 before there was it, that of 16 nodes 2.73 and 2.39."""
+SLOW_INPUTS = (2560, 10240)
+"""Inputs of the products of GPT-Neo-2.7B's shape, whose forward pass took 2.57 ms with this kernel and 2.39 before there was it
+(8 nodes; 16 nodes: 2.73 and 2.39). They are five times a power of two, so warps hold few at a time."""
 MULTIPROCESSORS = 132
 """An H200's. A product of so many programs or fewer has a whole register file for each; in more, two share one."""
 MOST_SHARING_INPUTS = 2048
@@ -88,7 +88,7 @@ def choose_fragment_tile(rows: int, columns: int, inner: int) -> FragmentTile | 
     known = (
         inner >= FEWEST_INPUTS
         and inner % RUN == 0
-        and inner // RUN % SLOW_FACTOR
+        and inner not in SLOW_INPUTS
         and columns <= MOST_COLUMNS
         and columns * inner < 2**31
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...integrations import fused_norm
@@ -70,10 +71,28 @@ def unfused_reason(model: Any) -> str | None:
     return next((reason for reason in reasons if reason is not None), None) or _unfused_end(model)
 
 
+@torch.no_grad()
+def embedding_tables(model: Any) -> list[torch.Tensor] | None:
+    """Returns the tables whose rows, added up, are what `embed_rows` returns: tokens', and positions' if there are any.
+
+    `None` where it does more: a scale, an offset, a hook. Then a step calls it.
+    """
+    layers = {id(module) for layer in model.decoder_layers() for module in layer.modules()}
+    outside = [module for module in model.modules() if id(module) not in layers]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in outside):
+        return None
+    modules = [one for one in (model.get_input_embeddings(), model.position_embedding()) if one is not None]
+    if any(type(one) is not nn.Embedding or one.max_norm is not None for one in modules):
+        return None
+    tables = [one.weight for one in modules]
+    count = min(map(len, tables))
+    some = torch.tensor([[0, count // 2, count - 1]], device=tables[0].device)
+    positions = some.flip(1).clamp(max=model.config.max_position_embeddings - 1)
+    rows = sum(table[at] for table, at in zip(tables, (some, positions), strict=False))
+    return tables if torch.equal(rows, model.embed_rows(some, positions)) else None
+
+
 def _unfused_end(model: Any) -> str | None:
-    for table in (model.get_input_embeddings(), model.position_embedding()):
-        if table is not None and (type(table) is not nn.Embedding or table.max_norm is not None):
-            return f"no kernel knows the embedding {type(table).__name__}"
     norm, head = model.last_norm(), model.get_output_embeddings()
     if not fused_norm.is_known(norm):
         return f"no kernel knows the norm {type(norm).__name__}"

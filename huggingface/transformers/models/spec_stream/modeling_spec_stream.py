@@ -34,7 +34,7 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
     """Mixin for a stock `...ForCausalLM`: streams, the walk, and generation that speculates.
 
     An architecture file puts it in front of the stock class and says where the parts are: `decoder_layers`, `embed_rows`,
-    `run_layer`, `last_norm`, and where it has them `rotary` and `layer_window`.
+    `run_layer`, `last_norm`, and where it has them `position_embedding`, `rotary` and `layer_window`.
     """
 
     stream_linears: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         raise TypeError(f"{type(self).__name__} must say how it embeds tokens.")
 
     def position_embedding(self) -> nn.Module | None:
-        """Returns the table whose rows are added to the tokens', or `None` where positions are not embedded."""
+        """Returns the table whose rows `embed_rows` adds to the tokens', or `None` where it adds none."""
         return None
 
     def rotary(

@@ -20,6 +20,7 @@ from huggingface.transformers.generation.graph_runner import release_runners
 from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.generation.verification import Rule
 from huggingface.transformers.integrations.triton_support import interpreting
+from huggingface.transformers.models.spec_stream.fusable import embedding_tables
 from tests.architectures import with_heads_of
 
 from .host_runner import use_host_runner
@@ -139,11 +140,34 @@ def test_streams_drafted_from_logits_or_from_states(architecture, plan, make_fus
     """The LM head is read once for nodes and streams, or again for the accepted node's: the trees are the same."""
     prompts, emitted = [[3, 1, 4, 1, 5], [9, 2]], []
     for most in (0, 256):
-        monkeypatch.setattr(fused_step, "MOST_HEAD_ROWS", most)
+        monkeypatch.setattr(fused_step, "MOST_EXACT_HEAD_ROWS", most)
         model = make_fused(architecture)
         rows, statistics = decode(model, prompts, 20, plan=plan)
         emitted.append((rows, [step.emitted for step in statistics.steps]))
     assert emitted[0] == emitted[1]
+
+
+def _scaled(model):
+    embed = type(model).embed_rows
+    model.embed_rows = lambda tokens, positions: 1.5 * embed(model, tokens, positions)
+
+
+def _hooked(name: str):
+    def hook(model):
+        module = dict(model.named_modules()).get(f"transformer.{name}") or model.get_input_embeddings()
+        module.register_forward_hook(lambda module, args, out: 1.5 * out)
+
+    return hook
+
+
+@pytest.mark.parametrize("change", [_scaled, _hooked("wpe"), _hooked("drop")], ids=["scaled", "wpe", "drop"])
+def test_embeddings_that_are_more_than_rows_of_tables(architecture, change, make_fused):
+    """One kernel adds rows up; where the model does more, a step asks the model."""
+    model = make_fused(architecture)
+    assert embedding_tables(model) is not None
+    change(model)
+    assert embedding_tables(model) is None
+    check_equal(model, [[3, 1, 4, 1, 5], [9, 2]], 12, grown(6, 3))
 
 
 def test_thirty_two_nodes(architecture, make_fused):
