@@ -37,8 +37,6 @@ TREES = (8, 16, 32, 64)
 CARRIERS = (16, 12, 8)
 """Nodes that carry streams where not all of a tree of `EAGER_TREE` nodes do."""
 EAGER_TREE = 32
-DRAFT_VOCABULARY = 16384
-"""Tokens that streams may draft in a step measured beside the tree of as many nodes as `EAGER_TREE`."""
 PHASES = ("forward", "verify", "commit", "draft")
 
 
@@ -122,8 +120,6 @@ def measure_shape(shape: Shape, device: torch.device, ceiling: float) -> dict[st
         plan = _grown(EAGER_TREE, carriers)
         trees[f"{EAGER_TREE}, streams at {carriers}"] = measure_plan(model, plan)
     eager = {str(nodes): measure_eager(model, nodes) for nodes in (1, EAGER_TREE)}
-    model.set_draft_vocab(torch.arange(DRAFT_VOCABULARY))
-    trees[f"{EAGER_TREE}, {DRAFT_VOCABULARY:,} tokens drafted"] = measure_plan(model, _grown(EAGER_TREE))
     result = {
         **asdict(shape),
         "weight_bytes_read": read,

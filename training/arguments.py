@@ -19,7 +19,6 @@ SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
 TARGETS = ("own", "references")
 DEFAULT_VOCAB_SIZE = 8192
-LEAST_DRAFT_VOCAB = 16  # as many as a node of a draft tree may have children
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
@@ -64,11 +63,6 @@ class TrainingFlags:
         None, "rank of the bias from the preceding token [the config's, else 64]"
     )
     pruning_rank: int | None = option(None, "rank of the pruning head [the config's, else 0]")
-    draft_vocab_size: int | None = option(
-        None,
-        "tokens that streams may draft: so many, the most frequent of the completions and then of the prompts; 0: all "
-        "[the config's, else 0]",
-    )
     learning_rate: float = option(1e-3, "highest learning rate")
     optimizer: str = option(
         "adamw",
@@ -150,7 +144,6 @@ class TrainingFlags:
             "lora_rank",
             "transition_rank",
             "pruning_rank",
-            "draft_vocab_size",
             "warmup_steps",
             "eval_steps",
             "save_steps",
@@ -171,10 +164,6 @@ class TrainingFlags:
             )
         if not 0 < self.adam_beta2 < 1:
             raise ValueError(f"--adam_beta2 must lie between 0 and 1, got {self.adam_beta2}.")
-        if 0 < (self.draft_vocab_size or 0) < LEAST_DRAFT_VOCAB:
-            raise ValueError(
-                f"--draft_vocab_size must be 0 or {LEAST_DRAFT_VOCAB} or more, got {self.draft_vocab_size}."
-            )
         _ = self.set_weights
 
     def _check_mode(self) -> None:

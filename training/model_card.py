@@ -37,7 +37,6 @@ class RunFacts:
         architecture: class of the main model.
         parameters, stream_parameters: sizes; the streams are part of the first number.
         vocab_size: tokens.
-        draft_vocab_size: how many of them the streams may draft; 0 for all.
         sets: (name, source, training examples seen as text, skipped) by set.
         steps, minutes: length of the training loop.
         device: what it ran on.
@@ -49,7 +48,6 @@ class RunFacts:
     parameters: int
     stream_parameters: int
     vocab_size: int
-    draft_vocab_size: int
     sets: Sequence[tuple[str, str, int, int]]
     steps: int
     minutes: float
@@ -61,13 +59,12 @@ class RunFacts:
 def model_card(flags: TrainingFlags, facts: RunFacts, today: datetime.date | None = None) -> str:
     """Returns the README of a trained model."""
     date = (today or datetime.date.today()).isoformat()
-    drafted = f", of which streams draft {facts.draft_vocab_size:,}" if facts.draft_vocab_size else ""
     parts = [
         front_matter(flags, facts),
         f"# {flags.output_dir.name}",
         introduction(flags),
         f"- architecture: {facts.architecture}, {facts.parameters:,} parameters, {facts.stream_parameters:,} of them "
-        f"streams; vocabulary {facts.vocab_size:,}{drafted}; weights in {facts.dtype}\n"
+        f"streams; vocabulary {facts.vocab_size:,}; weights in {facts.dtype}\n"
         f"- trained on {date}: {facts.steps:,} steps in {facts.minutes:.1f} minutes on {facts.device}",
         f"Command:\n\n    {command_of(flags)}",
         data_section(facts),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.arguments import DEFAULT_VOCAB_SIZE, LEAST_DRAFT_VOCAB, TrainingFlags
+from training.arguments import DEFAULT_VOCAB_SIZE, TrainingFlags
 from training.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ DEFAULT_FIELDS = {
     "lora_rank": 0,
     "transition_rank": 64,
     "pruning_rank": 0,
-    "draft_vocab_size": 0,
 }
 STREAM_FIELDS = tuple(DEFAULT_FIELDS)
 ADAPTER_LORA_RANK = 32
@@ -62,11 +61,6 @@ def read_model_file(path: Path) -> ModelFile:
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f'--model_config {path}: needs \'model_type\', such as "gpt_neo" or "llama".')
     stream_fields = {name: values.pop(name) for name in STREAM_FIELDS if name in values}
-    size = stream_fields.get("draft_vocab_size", 0)
-    if not isinstance(size, int) or (size and size < LEAST_DRAFT_VOCAB):
-        raise ValueError(
-            f"--model_config {path}: draft_vocab_size must be 0 or {LEAST_DRAFT_VOCAB} or more, got {size!r}."
-        )
     return ModelFile(values, stream_fields)
 
 
@@ -139,10 +133,7 @@ def stock_config_of(file: ModelFile, **fields: Any) -> Any:
 
 
 def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> Any:
-    """Returns a streaming model with random weights of the file's architecture and the tokenizer's vocabulary.
-
-    Its streams may draft all tokens: a list is chosen when the run's examples are there.
-    """
+    """Returns a streaming model with random weights of the file's architecture and the tokenizer's vocabulary."""
     from transformers import AutoModelForCausalLM
 
     from huggingface.transformers.models.spec_stream import stream_config_from
@@ -151,7 +142,7 @@ def model_from_file(flags: TrainingFlags, file: ModelFile, tokenizer: Any) -> An
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     stock = stock_config_of(file, vocab_size=len(tokenizer), **special)
     fields = wanted_fields(flags, file.stream_fields, stock.num_hidden_layers)
-    config = stream_config_from(stock, **{**fields, "draft_vocab_size": 0})
+    config = stream_config_from(stock, **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=flags.attn_implementation)
     shrink_queries(model)
     start_as_identity(model)
@@ -189,7 +180,7 @@ def checkpoint_config(name: str) -> Any:
 
 
 def model_from_checkpoint(flags: TrainingFlags) -> Any:
-    """Returns the checkpoint's model in float32 with streams: its own, or fresh ones, which may draft all tokens at first.
+    """Returns the checkpoint's model in float32 with streams: its own, or fresh ones.
 
     Raises:
         ValueError: for a missing directory or an architecture that cannot carry streams.
@@ -203,9 +194,9 @@ def model_from_checkpoint(flags: TrainingFlags) -> Any:
     name = flags.model_name_or_path
     config = checkpoint_config(name)
     own = own_fields(config)
-    fields = {**wanted_fields(flags, own, config.num_hidden_layers), "draft_vocab_size": 0}
+    fields = wanted_fields(flags, own, config.num_hidden_layers)
     stream_config_from(config, **fields)  # says what is supported
-    keep = bool(own) and fields == {**own, "draft_vocab_size": 0}
+    keep = bool(own) and fields == own
     main = main_weights(name, config)
     try:
         with quiet(), readable(name):  # upstream would report fresh streams as missing

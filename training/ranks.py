@@ -40,10 +40,6 @@ def stream_ranks(model: Any, batch: dict[str, torch.Tensor], own_choice: bool = 
         labels = own_labels(model, main, batch)
     kept = streams.flatten(0, 1).index_select(0, batch["anchor_slots"])
     logits = model.stream_logits(kept, batch["stream_parent_tokens"])
-    drafted = model.streams.draft_vocab
-    if drafted is not None:
-        barred = torch.full_like(logits, float("-inf"))
-        logits = barred.index_copy(-1, drafted, logits.index_select(-1, drafted))
     right = logits.gather(-1, labels.clamp(min=0)[..., None])
     ranks = (logits > right).sum(-1).clamp(max=RANKS)
     return ranks.masked_fill(labels == IGNORE, NO_TOKEN)

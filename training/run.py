@@ -22,7 +22,6 @@ from training.arguments import TrainingFlags
 from training.calibration import Calibration, calibrate
 from training.checkpoints import choose_checkpoint
 from training.data import TextData, load_text
-from training.draft_vocab import check_draft_vocab, choose_draft_vocab, wanted_draft_vocab
 from training.errors import CheckpointError
 from training.model_card import RunFacts, model_card
 from training.models import (
@@ -53,7 +52,6 @@ class Prepared:
     train: TokenSet
     held_out: TokenSet
     skipped: dict[str, int]
-    draft_vocab_size: int | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,6 @@ def train(flags: TrainingFlags) -> Outcome:
         freeze_main(prepared.model)
     if flags.own_targets:
         prepare_targets(flags, prepared, process)
-    choose_draft_vocab(prepared.model, prepared.draft_vocab_size, prepared.train)
     trainer = make_trainer(flags, prepared, process)
     begin = time.monotonic()
     try:
@@ -158,8 +155,6 @@ def prepare(flags: TrainingFlags, text: TextData, is_main: bool, device: torch.d
     else:
         tokenizer = checkpoint_tokenizer(flags)
         model = model_from_checkpoint(flags)
-    draft_vocab_size = wanted_draft_vocab(flags, model)
-    check_draft_vocab(model, draft_vocab_size)
     limit = min(
         flags.max_length or model.config.max_position_embeddings, model.config.max_position_embeddings
     )
@@ -167,7 +162,7 @@ def prepare(flags: TrainingFlags, text: TextData, is_main: bool, device: torch.d
     train = [encode_pairs(tokenizer, part.train, limit) for part in text.sets]
     held_out = [encode_pairs(tokenizer, part.held_out, limit) for part in text.sets]
     skipped = report_lengths(names, train, limit)
-    return Prepared(tokenizer, model, pack(train, names), pack(held_out, names), skipped, draft_vocab_size)
+    return Prepared(tokenizer, model, pack(train, names), pack(held_out, names), skipped)
 
 
 def scratch_tokenizer(flags: TrainingFlags, file: ModelFile, text: TextData, is_main: bool) -> Any:
@@ -345,7 +340,6 @@ def finish(
         parameters=sum(value.numel() for value in model.parameters()),
         stream_parameters=sum(value.numel() for value in model.streams.parameters()),
         vocab_size=model.config.vocab_size,
-        draft_vocab_size=model.config.draft_vocab_size,
         sets=[
             (part.name, part.source, len(part.train), part.skipped + prepared.skipped[part.name])
             for part in text.sets

@@ -110,29 +110,6 @@ def test_scratch_trains_saves_and_calibrates(scratch, caplog):
     assert not list(folder.rglob("*.bin"))
 
 
-def test_streams_may_draft_some_tokens_alone(scratch, tmp_path, own_file):
-    """The list is saved, named in the card, kept by a run that does not ask for another, and lifted by 0."""
-    folder = run(scratch(draft_vocab_size=60))
-    tokens = weights(folder)["streams.draft_vocab"]
-    assert (tokens.dtype, len(tokens)) == (torch.int64, 60)
-    assert ", of which streams draft 60;" in (folder / "README.md").read_text()
-    again = {"train_file": own_file, "model_name_or_path": str(folder)}
-    kept = run(flags_for("joint", tmp_path / "kept", **again))
-    assert torch.equal(weights(kept)["streams.draft_vocab"], tokens)
-    whole = run(flags_for("joint", tmp_path / "all", draft_vocab_size=0, **again))
-    assert "streams.draft_vocab" not in weights(whole)
-    assert AutoModelForCausalLM.from_pretrained(whole).streams.draft_vocab is None
-
-
-def test_a_resumed_run_keeps_the_list(scratch):
-    whole = run(scratch("whole", draft_vocab_size=60))
-    cut = scratch("cut", draft_vocab_size=60)
-    run(cut)
-    shutil.rmtree(cut.output_dir / "checkpoint-6")
-    resumed = run(scratch("cut", draft_vocab_size=60, resume_from_checkpoint="latest"))
-    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
-
-
 def test_the_loss_falls(scratch, caplog):
     with caplog.at_level(logging.INFO):
         run(scratch(max_steps=60, eval_steps=0, calibration_prompts=0, learning_rate=1e-2, logging_steps=10))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from .draft_tree import DraftTree, TreeShape
 
@@ -40,16 +41,15 @@ class StreamSource:
         tokens = root[:, None]
         if shape.nodes == 1 or stream_hidden is None:
             return DraftTree(TreeShape((-1,), shape.streams), tokens)
-        tables = model.draft_tables()
+        parent_table, token_table = model.draft_tables()
         tokens = tokens.repeat(1, shape.nodes)
-        logits = model.draft_logits(stream_hidden[:, : shape.depth])
+        logits = model.get_output_embeddings()(stream_hidden[:, : shape.depth])
         for depth, level in enumerate(shape.tables(root.device).levels):
             scores = logits[:, depth, None]
-            bias = tables.bias(tokens[:, level.parents])
-            if bias is not None:
-                scores = scores + bias
+            if parent_table is not None:
+                scores = scores + F.linear(F.embedding(tokens[:, level.parents], parent_table), token_table)
             best = scores.argmax(-1, keepdim=True) if level.width == 1 else scores.topk(level.width).indices
-            best = tables.named(best).expand(-1, len(level.parents), -1)
+            best = best.expand(-1, len(level.parents), -1)
             tokens[:, level.nodes] = best[:, level.slots, level.ranks]
         return DraftTree(shape, tokens)
 

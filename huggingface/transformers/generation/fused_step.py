@@ -22,7 +22,7 @@ from ..integrations.fused_norm import add_norm, settle
 from ..integrations.head_linear import head_linear
 from ..integrations.quantized_linear import QuantizedLinear
 from ..integrations.row_inputs import embed_nodes, start_streams
-from ..integrations.skinny_linear import DTYPES, linear
+from ..integrations.skinny_linear import DTYPES
 from ..integrations.tree_acceptance import (
     BestTokensWorkspace,
     StepState,
@@ -77,12 +77,11 @@ class FusedStep:
 
         vocab = model.get_output_embeddings().weight.shape[0]
         # Held here: a graph knows nothing but addresses.
-        self.tables = model.draft_tables() if self.nodes > 1 else None
+        self.tables = model.draft_tables() if self.nodes > 1 else (None, None)
         rows = batch * (self.nodes + self.carriers * self.streams)
         half = dtype in DTYPES and not isinstance(model.get_output_embeddings(), QuantizedLinear)
         self.streams_to_head = self.streams > 0 and rows <= (MOST_HEAD_ROWS if half else MOST_EXACT_HEAD_ROWS)
-        drafted = self.tables.drafted or vocab if self.tables is not None else 0
-        width = drafted if self.streams_to_head else model.config.hidden_size
+        width = vocab if self.streams_to_head else model.config.hidden_size
         states = torch.zeros(batch, self.streams, width, dtype=dtype, device=device) if self.streams else None
         self.state = StepState(
             root=integers(batch),
@@ -103,7 +102,7 @@ class FusedStep:
         self.choosing = {
             count: BestTokensWorkspace.allocate(batch * count, vocab, device) for count in {1, self.nodes}
         }
-        self.drafting = self._draft_workspace(batch, device) if self.nodes > 1 else None
+        self.drafting = self._draft_workspace(batch, vocab, device) if self.nodes > 1 else None
         self.prior = self._prior(device) if self.nodes > 1 else None
         self.turns = self._turns(slots + self.streams + self.depth)
         self.logits = torch.empty(0)
@@ -115,8 +114,7 @@ class FusedStep:
         heads = self.model.config.num_attention_heads
         return AttentionWorkspace.for_step(batch, rows, heads, kv_heads, size, slots, keys.device)
 
-    def _draft_workspace(self, batch: int, device: torch.device) -> DraftWorkspace:
-        vocab = self.tables.drafted or self.model.get_output_embeddings().weight.shape[0]
+    def _draft_workspace(self, batch: int, vocab: int, device: torch.device) -> DraftWorkspace:
         return DraftWorkspace.allocate(
             batch,
             self.streams,
@@ -186,29 +184,24 @@ class FusedStep:
 
     def draft(self) -> None:
         """Grows the tree of the next step."""
-        states, tables = self.state.stream_states, self.tables
-        if self.drafting is None or tables is None or states is None:
+        states = self.state.stream_states
+        if self.drafting is None or states is None:
             self.tree.tokens.copy_(self.state.root[:, None])
             return
         if self.continuation is not None and self.state.history is not None:
             lookup_continuation(self.state.history, self.state.lengths, self.state.root, self.continuation)
-        logits = states
-        if not self.streams_to_head and tables.head is not None:
-            logits = linear(states, tables.head, tables.head_bias)
-        elif not self.streams_to_head:
-            logits = self._head(states)
+        parent_table, token_table = self.tables
         draft_tree(
-            logits,
+            states if self.streams_to_head else self._head(states),
             self.state.root,
-            tables.parents,
-            tables.tokens,
+            parent_table,
+            token_table,
             self.tree,
             self.plan.beam or 1,
             self.drafting,
             self.continuation,
             prior=self.prior,
             trust=self.plan.trust,
-            vocabulary=tables.vocabulary,
         )
 
     def forward(self) -> None:
@@ -268,9 +261,7 @@ class FusedStep:
         if not self.streams_to_head:
             return self._head(states[:, :nodes]), states[:, nodes:]
         logits = self._head(states)
-        own, ahead = logits[:, :nodes], logits[:, nodes:]
-        vocabulary = self.tables.vocabulary if self.tables is not None else None
-        return own, ahead if vocabulary is None else ahead.index_select(2, vocabulary)
+        return logits[:, :nodes], logits[:, nodes:]
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         head = self.model.get_output_embeddings()

@@ -34,7 +34,6 @@ def draft_chain(
     token_table: torch.Tensor | None,
     tree: TreeTensors,
     workspace: DraftWorkspace,
-    vocabulary: torch.Tensor | None,
 ) -> None:
     """Fills `tree` with what :func:`.tree_drafting.draft_tree` draws with a beam of one; its arguments are explained there."""
     batch, streams, vocab = logits.shape
@@ -43,7 +42,7 @@ def draft_chain(
     block = SMALL_BLOCK if vocab <= SMALL_VOCABULARY else LARGE_BLOCK
     for level in range(min(streams, nodes - 1)):
         chain_level_kernel[(-(-vocab // block), batch)](
-            logits, root, parent_table, token_table, workspace.best, vocabulary,
+            logits, root, parent_table, token_table, workspace.best,
             logits.stride(0), logits.stride(1), vocab, rank, level,
             STREAMS=streams,
             RANK=padded_rank(rank),
@@ -52,7 +51,7 @@ def draft_chain(
             num_warps=LEVEL_WARPS,
         )  # fmt: skip
     chain_selection_kernel[(batch,)](
-        root, workspace.best, vocabulary,
+        root, workspace.best,
         tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.origins,
         nodes,
         STREAMS=streams,
@@ -68,7 +67,6 @@ def chain_level_kernel(
     parent_table,
     token_table,
     best,
-    vocabulary,
     logits_batch_stride,
     logits_stream_stride,
     vocab,
@@ -89,12 +87,8 @@ def chain_level_kernel(
     stream = logits + row * logits_batch_stride + level * logits_stream_stride
     scores = tl.load(stream + token, mask=inside, other=float("-inf")).to(tl.float32)
     if RANK > 0:
-        if FIRST:
-            above = tl.load(root + row)
-        else:
-            above = key_token(tl.load(best + row * STREAMS + level - 1)).to(tl.int64)
-            if vocabulary is not None:
-                above = tl.load(vocabulary + above)
+        before = best + row * STREAMS + level - 1
+        above = tl.load(root + row) if FIRST else key_token(tl.load(before)).to(tl.int64)
         for start in tl.static_range(0, RANK, AT_ONCE):
             if start > 0:
                 table = _factors(token_table, token, inside, start, rank, AT_ONCE)
@@ -119,7 +113,6 @@ def _factors(factor, token, inside, start, rank, AT_ONCE: tl.constexpr):
 def chain_selection_kernel(
     root,
     best,
-    vocabulary,
     tokens,
     parents,
     depths,
@@ -144,8 +137,6 @@ def chain_selection_kernel(
     ended = (node > 0) & ~(scored & (score > float("-inf")) & (score < float("inf")))
     real = (node > 0) & (tl.cumsum(ended.to(tl.int32), 0) == 0)
     token = tl.where(real, key_token(key), 0).to(tl.int64)
-    if vocabulary is not None:
-        token = tl.load(vocabulary + token, mask=real, other=0)
     way = tl.full((NODES,), 2, tl.int64) << node.to(tl.int64)
     alone = tl.full((NODES,), 1, tl.int64) << node.to(tl.int64)
     at = row * nodes + node

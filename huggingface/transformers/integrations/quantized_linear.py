@@ -67,8 +67,8 @@ class QuantizedWeight:
         tensors = {"weight": self.weight, "weight_scale": self.scale}
         return tensors | ({} if self.zero is None else {"weight_zero": self.zero})
 
-    def some(self, outputs: torch.Tensor | slice) -> QuantizedWeight:
-        """Returns the weight of some outputs, by (some,) int64 numbers or a slice."""
+    def some(self, outputs: slice) -> QuantizedWeight:
+        """Returns the weight of some outputs."""
         zero = None if self.zero is None else self.zero[outputs]
         return replace(self, weight=self.weight[outputs], scale=self.scale[outputs], zero=zero)
 

@@ -93,7 +93,6 @@ def draft_tree(
     continuation_log_probability: float = -0.5,
     prior: torch.Tensor | None = None,
     trust: float = 1.0,
-    vocabulary: torch.Tensor | None = None,
 ) -> None:
     """Fills `tree` with the best tree of its number of nodes.
 
@@ -106,10 +105,10 @@ def draft_tree(
     prior[j - 1, r]` to its parent's sum instead of its log-probability alone.
 
     Args:
-        logits: (batch, streams, drafted) what stream j says of depth j, of every token that may be drafted.
+        logits: (batch, streams, vocab) what stream j says of depth j.
         root: (batch,) int64 last committed tokens.
         parent_table: (vocab, rank) and
-        token_table: (drafted, rank) factors of the bias that tokens gain from their parent; `None` for no bias.
+        token_table: (vocab, rank) factors of the bias that tokens gain from their parent; `None` for no bias.
         tree: filled in place.
         beam: candidates expanded a level, and tokens of each; at most 8.
         workspace: of :meth:`DraftWorkspace.allocate`; `None` makes one, which is not for a captured graph.
@@ -119,11 +118,10 @@ def draft_tree(
         prior: (streams, beam) float32 logarithms of the calibrated accuracy of each rank: finite, at most 0, and never rising
             from one rank to the next.
         trust: weight of the log-probabilities beside the prior, 0 to 1; of no effect without one.
-        vocabulary: (drafted,) int64 the tokens that may be drafted, rising; `None` for tokens 0 to `drafted - 1`.
 
     Raises:
-        ValueError: one table without the other, a `vocabulary` of another length than the logits', a positive
-            `continuation_log_probability`, a `prior` of another shape, a `trust` that is no weight, a workspace of other sizes.
+        ValueError: one table without the other, a positive `continuation_log_probability`, a `prior` of another shape, a `trust`
+            that is no weight, a workspace of other sizes.
     """
     if (parent_table is None) != (token_table is None):
         raise ValueError("the transition bias needs both of its tables or neither.")
@@ -135,16 +133,14 @@ def draft_tree(
         raise ValueError(
             f"the prior is (streams, beam) = {(logits.shape[1], beam)}, got {tuple(prior.shape)}."
         )
-    if vocabulary is not None and vocabulary.shape != logits.shape[2:]:
-        raise ValueError(f"{logits.shape[2]} logits, but {len(vocabulary)} tokens that may be drafted.")
     if tree.tokens.shape[1] == 1:
         tree.tokens.copy_(root[:, None])
         return
     arguments = (logits, root, parent_table, token_table, tree, beam, workspace, continuation)
     if unavailable(logits.device) is None and logits.dtype != torch.float64:
-        _draft_tree_triton(*arguments, continuation_log_probability, prior, trust, vocabulary)
+        _draft_tree_triton(*arguments, continuation_log_probability, prior, trust)
     else:
-        draft_tree_reference(*arguments, continuation_log_probability, prior, trust, vocabulary)
+        draft_tree_reference(*arguments, continuation_log_probability, prior, trust)
 
 
 def _draft_tree_triton(
@@ -159,7 +155,6 @@ def _draft_tree_triton(
     step: float,
     prior: torch.Tensor | None,
     trust: float,
-    vocabulary: torch.Tensor | None,
 ) -> None:
     batch, streams, vocab = logits.shape
     nodes = tree.tokens.shape[1]
@@ -173,7 +168,7 @@ def _draft_tree_triton(
             "the workspace was allocated for another batch, beam, number of streams or of nodes."
         )
     if beam == 1 and continuation is None:
-        draft_chain(logits, root, parent_table, token_table, tree, workspace, vocabulary)
+        draft_chain(logits, root, parent_table, token_table, tree, workspace)
         return
     if not workspace.scored.numel():
         raise ValueError("the workspace was allocated for chains that no continuation joins.")
@@ -182,7 +177,7 @@ def _draft_tree_triton(
     warps = block_warps(sizes["BLOCK"])
     for level in range(streams):
         draft_level_kernel[(sizes["BLOCKS"], batch)](
-            logits, root, parent_table, token_table, *lists, prior, trust, vocabulary,
+            logits, root, parent_table, token_table, *lists, prior, trust,
             logits.stride(0), logits.stride(1), vocab, rank, level,
             RANK=padded_rank(rank),
             FIRST=level == 0,
@@ -191,7 +186,7 @@ def _draft_tree_triton(
             **sizes,
         )  # fmt: skip
     draft_selection_kernel[(batch,)](
-        root, *lists, prior, trust, vocabulary,
+        root, *lists, prior, trust,
         tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.origins,
         continuation, step, nodes, length,
         ENTRIES=next_power_of_two(streams * sizes["SLOTS"]),
@@ -226,16 +221,13 @@ def draft_tree_reference(
     continuation_log_probability: float = -0.5,
     prior: torch.Tensor | None = None,
     trust: float = 1.0,
-    vocabulary: torch.Tensor | None = None,
 ) -> None:
     """Fills `tree` as :func:`draft_tree` does, in plain PyTorch, one sequence at a time; needs no workspace."""
     nodes = tree.tokens.shape[1]
     step = torch.tensor(continuation_log_probability, dtype=torch.promote_types(logits.dtype, torch.float32))
     for row, first in enumerate(root.tolist()):
         keep = max(nodes - 1, beam)
-        pool = _stream_candidates(
-            logits[row], first, parent_table, token_table, beam, keep, prior, trust, vocabulary
-        )
+        pool = _stream_candidates(logits[row], first, parent_table, token_table, beam, keep, prior, trust)
         if continuation is not None:
             _join_chain(pool, continuation[row].tolist(), step)
         pool.sort(key=lambda candidate: (-candidate.total, candidate.depth, candidate.place))
@@ -251,7 +243,6 @@ def _stream_candidates(
     keep: int,
     prior: torch.Tensor | None,
     trust: float,
-    vocabulary: torch.Tensor | None,
 ) -> list[_Candidate]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     pool: list[_Candidate] = []
@@ -268,7 +259,6 @@ def _stream_candidates(
             expected = prior[depth - 1, : best.shape[1]].to(gains.dtype)
             gains = torch.where(gains.isfinite(), trust * gains + (1 - trust) * expected, gains)
         sums = above.to(scores.device)[:, None] + gains
-        best = best if vocabulary is None else vocabulary[best]
         order = sums.flatten().sort(descending=True, stable=True).indices[:keep].tolist()
         level = [
             _Candidate(

@@ -33,7 +33,6 @@ def draft_level_kernel(
     pool_parents,
     prior,
     trust,
-    vocabulary,
     logits_batch_stride,
     logits_stream_stride,
     vocab,
@@ -70,7 +69,7 @@ def draft_level_kernel(
         above = tl.load(root + row + parent * 0).to(tl.int32)
     else:
         above = rank_level(
-            scored, parts, pool_sums, pool_tokens, pool_parents, prior, trust, vocabulary, row, tl.num_programs(1),
+            scored, parts, pool_sums, pool_tokens, pool_parents, prior, trust, row, tl.num_programs(1),
             level - 1, block == 0,
             STREAMS, BEAM, KEEP, SLOTS, PARENTS, WIDTH, BLOCK, GROUP, BLOCKS, PADDED, FLOATS,
         )  # fmt: skip
@@ -108,7 +107,6 @@ def draft_selection_kernel(
     pool_parents,
     prior,
     trust,
-    vocabulary,
     tokens,
     parents,
     depths,
@@ -136,7 +134,7 @@ def draft_selection_kernel(
     """Ranks the last level and writes the trees; grid (batch,). `CHAIN` is 0 for none."""
     row = tl.program_id(0)
     rank_level(
-        scored, parts, pool_sums, pool_tokens, pool_parents, prior, trust, vocabulary, row, tl.num_programs(0),
+        scored, parts, pool_sums, pool_tokens, pool_parents, prior, trust, row, tl.num_programs(0),
         STREAMS - 1, row >= 0,
         STREAMS, BEAM, KEEP, SLOTS, PARENTS, WIDTH, BLOCK, GROUP, BLOCKS, PADDED, FLOATS,
     )  # fmt: skip
@@ -156,7 +154,6 @@ def rank_level(
     pool_parents,
     prior,
     trust,
-    vocabulary,
     row,
     rows,
     level,
@@ -199,8 +196,6 @@ def rank_level(
     number = parent[:, None] * WIDTH + place[None, :]
     COUNT: tl.constexpr = WIDTH * PARENTS
     key = tl.reshape(sortable_key(sums, number), (COUNT,))
-    if vocabulary is not None:
-        child = tl.load(vocabulary + child, mask=legal, other=0).to(tl.int32)
     token = tl.reshape(tl.where(legal, child, 0), (COUNT,))
     order = count_larger(key, COUNT, 4096 // COUNT)
 

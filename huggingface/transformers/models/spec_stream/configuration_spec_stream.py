@@ -14,12 +14,7 @@ class StreamFields:
     lora_rank: int = 0
     transition_rank: int = 64
     pruning_rank: int = 0
-    draft_vocab_size: int = 0
     base_model_name_or_path: str | None = None
-
-
-LEAST_DRAFT_VOCAB = 16
-"""Tokens that streams must be allowed to draft: as many as a node of a tree may have children."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,6 @@ class StreamConfig:
         lora_rank: rank of the low-rank updates that act on stream rows alone; 0 for none.
         transition_rank: rank of the bias from the token before the guessed one; 0 for none.
         pruning_rank: rank of the head that scores draft nodes before streams are added; 0 for none.
-        draft_vocab_size: number of tokens that streams may draft, listed in `streams.draft_vocab`; 0 for the whole vocabulary.
         base_model_name_or_path: where the main weights are when the checkpoint holds the streams alone.
     """
 
@@ -41,7 +35,6 @@ class StreamConfig:
     lora_rank: int = 0
     transition_rank: int = 64
     pruning_rank: int = 0
-    draft_vocab_size: int = 0
     base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
@@ -51,18 +44,9 @@ class StreamConfig:
                 raise ValueError(f"{field.name} must be an integer of 0 or more, got {value!r}.")
         if self.streams and not self.stream_layers:
             raise ValueError("streams need stream_layers of at least 1, got 0.")
-        if 0 < self.draft_vocab_size < LEAST_DRAFT_VOCAB:
-            raise ValueError(
-                f"draft_vocab_size must be 0 or at least {LEAST_DRAFT_VOCAB}, got {self.draft_vocab_size}."
-            )
 
-    def check(self, num_layers: int, vocab_size: int) -> None:
-        """Raises ValueError if the decoder has fewer layers or tokens than the streams ask for."""
-        if self.draft_vocab_size > vocab_size:
-            raise ValueError(
-                f"draft_vocab_size {self.draft_vocab_size} exceeds the model's {vocab_size} tokens; choose at most "
-                f"{vocab_size}, or 0 for all."
-            )
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError if the decoder has fewer layers than the streams ask for."""
         if self.streams and self.stream_layers > num_layers:
             raise ValueError(
                 f"stream_layers {self.stream_layers} exceeds the model's {num_layers} layers; "

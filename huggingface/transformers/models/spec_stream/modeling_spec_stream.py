@@ -8,7 +8,6 @@ and token rows compute what they always did.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,16 +17,18 @@ from transformers.cache_utils import Cache
 
 from ...generation.graph_runner import release_runners
 from ...generation.utils import SpecGenerationMixin
+from ...integrations.quantized_linear import QuantizedLinear
 from ...integrations.sdpa_kernels import shape_agnostic_kernels
 from ...integrations.tensor_version import place_and_version
 from ...masking_utils import attention_mask_from, visible_between, visible_with_streams
 from .checkpoint import StreamCheckpointMixin
 from .configuration_spec_stream import StreamConfig
-from .draft_tables import DraftTables, check_draft_vocab, factor_of_head
 from .fusable import LayerNames
 from .streams import Streams, init_streams
 
 Masks = dict[int | None, torch.Tensor | None]
+AT_ONCE = 16384
+"""Rows of a quantised head that are read back at a time."""
 
 
 class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
@@ -41,15 +42,13 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
     layer_names: LayerNames | None = None
     _tables: tuple[torch.Tensor, torch.Tensor] | None = None
     _tables_source: tuple[int, ...] | None = None
-    _draft_tables: DraftTables | None = None
-    _draft_tables_source: tuple[int, ...] | None = None
 
     def __init__(self, config: Any):
         # The stock class that follows this mixin takes the configuration.
         super().__init__(config)  # type: ignore[call-arg]
         shape = StreamConfig.of(config)
         layers = self.decoder_layers()
-        shape.check(len(layers), config.vocab_size)
+        shape.check_layers(len(layers))
         self.streams = Streams(shape, config.hidden_size, len(layers)) if shape.streams else None
         if self.streams is not None:
             self.streams.attach_lora(layers, self.stream_linears)
@@ -259,63 +258,30 @@ class StreamDecoder(SpecGenerationMixin, StreamCheckpointMixin):
         embedding, head = self.get_input_embeddings().weight, self.get_output_embeddings()
         factors = (self.streams.transition_in, self.streams.transition_out)
         if torch.is_grad_enabled():
-            return factors[0](embedding), factor_of_head(head, factors[1], embedding.dtype)
+            return factors[0](embedding), _factor_of_head(head, factors[1], embedding.dtype)
         source = _versions(embedding, head.weight, factors[0].weight, factors[1].weight)
         if self._tables is None or self._tables_source != source:
-            self._tables = factors[0](embedding), factor_of_head(head, factors[1], embedding.dtype)
+            self._tables = factors[0](embedding), _factor_of_head(head, factors[1], embedding.dtype)
             self._tables_source = source
         return self._tables
 
     @torch.no_grad()
-    def draft_tables(self) -> DraftTables:
-        """Returns what drafting reads of the vocabulary; kept between calls while nothing changes that it comes from."""
-        parents, tokens = self.transition_tables() if self.streams.config.transition_rank else (None, None)
-        vocabulary, head = self.streams.draft_vocab, self.get_output_embeddings()
-        if vocabulary is None:
-            return DraftTables(None, None, None, parents, tokens)
-        source = _versions(vocabulary, head.weight, *([] if tokens is None else [tokens]))
-        if self._draft_tables is None or self._draft_tables_source != source:
-            dtype = self.get_input_embeddings().weight.dtype
-            self._draft_tables = DraftTables.of(vocabulary, head, dtype, parents, tokens)
-            self._draft_tables_source = source
-        return self._draft_tables
-
-    def draft_logits(self, stream_hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the (..., drafted) logits of the tokens that may be drafted, from (..., hidden) after the final norm."""
-        tables = self.draft_tables()
-        if tables.head is None:
-            return self.get_output_embeddings()(stream_hidden)
-        return F.linear(stream_hidden, tables.head, tables.head_bias)
-
-    def set_draft_vocab(self, tokens: torch.Tensor | None) -> None:
-        """Lets streams draft these tokens alone, in place.
-
-        Args:
-            tokens: int64 different tokens in any order, or `None` for the whole vocabulary.
-
-        Raises:
-            ValueError: no list of different token ids, too few of them, or more than the model has; or a model without streams.
-        """
-        if self.streams is None:
-            raise ValueError("a model without streams drafts nothing; there is no draft vocabulary to set.")
-        if tokens is not None:
-            tokens = torch.as_tensor(tokens)
-            if tokens.dtype not in (torch.int32, torch.int64) or tokens.dim() != 1:
-                raise ValueError("a draft vocabulary is a list of token ids: one-dimensional, int64.")
-        size = 0 if tokens is None else len(tokens)
-        shape = replace(self.streams.config, draft_vocab_size=size)
-        shape.check(len(self.decoder_layers()), self.config.vocab_size)
-        if tokens is not None:
-            tokens = tokens.long().sort().values
-            check_draft_vocab(tokens, self.config.vocab_size, "choose other tokens")
-        release_runners(self)
-        self.config.draft_vocab_size, self.streams.config = size, shape
-        self.streams.draft_vocab = None if tokens is None else tokens.to(self.device)
+    def draft_tables(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Returns the transition tables as drafting reads them, without a gradient; `None` for no transition bias."""
+        return self.transition_tables() if self.streams.config.transition_rank else (None, None)
 
     def early_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns (batch, rows, vocab) next-token probabilities read below the stream layers, for pruning draft nodes."""
         state = self.final_norm(self.streams.pruning_state(hidden))
         return self.get_output_embeddings()(state).float().softmax(-1)
+
+
+def _factor_of_head(head: Any, factor: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """Returns `factor` of each row of the head, (vocab, rank); a quantised head is read back a part at a time."""
+    if not isinstance(head, QuantizedLinear):
+        return factor(head.weight)
+    parts = [slice(start, start + AT_ONCE) for start in range(0, head.out_features, AT_ONCE)]
+    return torch.cat([factor(head.packed.some(part).dense(dtype)) for part in parts])
 
 
 def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:

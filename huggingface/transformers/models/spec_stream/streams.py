@@ -40,10 +40,7 @@ class Streams(nn.Module):
 
     Attributes:
         rows: number of stream rows at the end of the tensor now passing through the top layers; set by the layer walk.
-        draft_vocab: (draft_vocab_size,) int64 tokens that streams may draft, rising; `None` for all.
     """
-
-    draft_vocab: torch.Tensor | None
 
     def __init__(self, config: StreamConfig, hidden: int, num_layers: int):
         super().__init__()
@@ -57,9 +54,6 @@ class Streams(nn.Module):
         if config.pruning_rank:
             self.pruning_down = nn.Linear(hidden, config.pruning_rank, bias=False)
             self.pruning_up = nn.Linear(config.pruning_rank, hidden, bias=False)
-        self.register_buffer("draft_vocab", None)
-        if config.draft_vocab_size:
-            self.draft_vocab = torch.arange(config.draft_vocab_size)
         self.first_layer = num_layers - config.stream_layers
 
     def attach_lora(self, layers: nn.ModuleList, linear_names: tuple[str, ...]) -> None:
@@ -129,5 +123,3 @@ def init_streams(module: nn.Module, std: float) -> None:
         if module.config.pruning_rank:
             init.normal_(module.pruning_down.weight, std=module.pruning_down.in_features**-0.5)
             init.zeros_(module.pruning_up.weight)
-        if module.draft_vocab is not None:
-            init.copy_(module.draft_vocab, torch.arange(len(module.draft_vocab)))

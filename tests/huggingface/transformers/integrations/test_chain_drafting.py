@@ -79,14 +79,6 @@ def test_half_precision_and_a_prior_that_cannot_matter(dtype):
     assert_same(drafted(inputs, 1, 5, prior=prior, trust=0.5), expected)
 
 
-def test_some_tokens_alone():
-    logits, root, parent_table, token_table = draws(2, 3, 200, 16)
-    vocabulary = torch.randperm(200, device=DEVICE)[:29].sort().values
-    some = logits[:, :, vocabulary].contiguous(), root, parent_table, token_table[vocabulary]
-    expected = drafted(some, 1, 4, draft_tree_reference, vocabulary=vocabulary)
-    assert_same(drafted(some, 1, 4, vocabulary=vocabulary), expected)
-
-
 def test_a_large_vocabulary_has_larger_blocks(monkeypatch):
     monkeypatch.setattr(chain_drafting, "SMALL_VOCABULARY", 100)
     inputs = draws(1, 2, 700, 16)

@@ -55,7 +55,7 @@ def rounding_decides(inputs, beam, prior=None, trust=1.0):
         one.double() if one is not None and one.is_floating_point() else one for one in inputs
     )
     for row, first in enumerate(root.tolist()):
-        pool = _stream_candidates(logits[row], first, *tables, beam, beam * beam, prior, trust, None)
+        pool = _stream_candidates(logits[row], first, *tables, beam, beam * beam, prior, trust)
         gaps = torch.tensor([candidate.total for candidate in pool], dtype=torch.float64).sort().values.diff()
         if ((gaps > 0) & (gaps < 1e-5)).any():
             return True
@@ -115,26 +115,6 @@ def test_kernels_equal_the_reference(batch, streams, vocab, rank, beam, nodes, s
     tree = drafted(inputs, beam, nodes)
     assert_same(tree, drafted(inputs, beam, nodes, draft_tree_reference))
     assert_well_formed(tree, inputs[1])
-
-
-@pytest.mark.parametrize("draft", [pytest.param(draft_tree, marks=needs_kernels), draft_tree_reference])
-@pytest.mark.parametrize("drafted_tokens, rank", [(1, 0), (29, 16), (150, 4)])
-def test_some_tokens_alone(draft, drafted_tokens, rank):
-    """The tree is that of the whole vocabulary with every other token made impossible."""
-    logits, root, parent_table, token_table = draws(2, 3, 200, rank)
-    vocabulary = torch.randperm(200, device=DEVICE)[:drafted_tokens].sort().values
-    impossible = torch.full_like(logits, float("-inf"))
-    impossible[:, :, vocabulary] = logits[:, :, vocabulary]
-    expected = drafted((impossible, root, parent_table, token_table), 4, 16, draft_tree_reference)
-    some = (
-        logits[:, :, vocabulary],
-        root,
-        parent_table,
-        token_table if rank == 0 else token_table[vocabulary],
-    )
-    tree = drafted(some, 4, 16, draft, vocabulary=vocabulary)
-    assert_same(tree, expected)
-    assert set(tree.tokens[:, 1:][tree.origins[:, 1:] > 0].tolist()) <= set(vocabulary.tolist())
 
 
 @needs_kernels
@@ -384,8 +364,6 @@ def test_impossible_requests_are_refused():
         draft_tree(*inputs, tree, 4, prior=falling_prior(2, 4), trust=1.5)
     with pytest.raises(ValueError, match="prior"):
         draft_tree(*inputs, tree, 4, prior=falling_prior(2, 3))
-    with pytest.raises(ValueError, match="9 logits, but 8 tokens"):
-        draft_tree(*inputs, tree, 4, vocabulary=torch.arange(8, device=DEVICE))
 
 
 @needs_kernels
@@ -406,7 +384,7 @@ SIZES = {
 
 
 MODULE = "huggingface.transformers.integrations.tree_drafting_kernels"
-TYPES = {name: "*i64" for name in ("root", "tokens", "ancestors", "continuation", "vocabulary")}
+TYPES = {name: "*i64" for name in ("root", "tokens", "ancestors", "continuation")}
 TYPES |= {name: "*fp32" for name in ("scored", "parts", "pool_sums", "prior")}
 TYPES |= {name: "*i32" for name in ("pool_tokens", "pool_parents", "parents", "depths", "origins")}
 TYPES |= {name: "i32" for name in ("logits_batch_stride", "logits_stream_stride", "vocab", "rank", "level")}

@@ -22,7 +22,7 @@ from transformers import (
 from huggingface.transformers.generation.draft_tree import TreeShape
 from huggingface.transformers.generation.tree_tuning import DraftPlan
 from huggingface.transformers.integrations.quantized_linear import QuantizedLinear, QuantizedWeight
-from huggingface.transformers.models.spec_stream import load_streaming
+from huggingface.transformers.models.spec_stream import load_streaming, modeling_spec_stream
 from huggingface.transformers.quantizers import quantizer
 from huggingface.transformers.quantizers.configuration import PackedWeightsConfig
 from huggingface.transformers.quantizers.packing import WeightFormat
@@ -143,13 +143,16 @@ def streaming(architecture, make_model, tmp_path):
     return load_streaming(str(tmp_path), quantization_config=config).eval()
 
 
-def test_streams_stay_exact_through_the_same_head(streaming):
+def test_streams_stay_exact_through_the_same_head(streaming, monkeypatch):
     assert isinstance(streaming.get_output_embeddings(), QuantizedLinear)
     plain = streaming.generate(IDS, drafts="none", **OPTIONS)
     assert torch.equal(streaming.generate(IDS, draft_nodes=6, **OPTIONS), plain)
     tokens = streaming.transition_tables()[1]
     head = streaming.get_output_embeddings().packed.dense(tokens.dtype)
     torch.testing.assert_close(tokens, streaming.streams.transition_out(head))
+    monkeypatch.setattr(modeling_spec_stream, "AT_ONCE", 5)
+    streaming._tables = None
+    torch.testing.assert_close(streaming.transition_tables()[1], tokens)
 
 
 def test_the_captured_step_uses_it(streaming, monkeypatch):

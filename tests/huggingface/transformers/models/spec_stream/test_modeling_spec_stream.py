@@ -90,6 +90,14 @@ def test_transition_bias_follows_its_weights(make_model):
             streams.transition_out.weight.mul_(3.0)
 
 
+def test_drafting_reads_the_kept_tables_without_a_gradient(make_model):
+    model = make_model("gpt_neo", seed=8)
+    first = model.draft_tables()
+    assert all(one is kept for one, kept in zip(model.draft_tables(), first, strict=True))
+    assert not any(one.requires_grad for one in first)
+    assert make_model("gpt_neo", transition_rank=0).draft_tables() == (None, None)
+
+
 def test_drafts_are_the_best_tokens_of_the_biased_streams(architecture, make_model):
     """A draft equals what `stream_logits` ranks for the tree's own parents, level by level."""
     model = make_model(architecture)
