@@ -76,8 +76,17 @@ def test_chosen_size_is_printed_saved_and_used(checkpoint, costs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["1", "2", "4"]
     assert [line for line in lines if "<- chosen" in line] == [lines[3]]
-    assert lines[1].split() == ["nodes", "streams", "beam", "step", "ms", "tokens/step", "tokens/s"]
-    assert lines[3].split()[:6] == ["2", "1", "-", "1100.000", "1.90", "1.7"]
+    assert lines[1].split() == [
+        "nodes",
+        "streams",
+        "carriers",
+        "beam",
+        "step",
+        "ms",
+        "tokens/step",
+        "tokens/s",
+    ]
+    assert lines[3].split()[:7] == ["2", "1", "2", "-", "1100.000", "1.90", "1.7"]
     setting = f"cpu, {torch.get_num_threads()} threads, float32"
     assert saved(checkpoint) == {"rank_accuracy": ACCURACY, "draft_nodes": {setting: 2}}
     after = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
@@ -106,15 +115,15 @@ def test_captured_candidates_are_listed_and_each_batch_size_is_saved(checkpoint,
     captured[0] = cost
     assert tune(checkpoint, "--sizes", "4", "--batch_size", "3,1,4") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines[2:6]] == [
-        ["1", "0", "-"], ["3", "1", "8"], ["3", "2", "1"], ["4", "2", "8"]
+    assert [line.split()[:4] for line in lines[2:6]] == [
+        ["1", "0", "1", "-"], ["3", "1", "3", "8"], ["3", "2", "3", "1"], ["4", "2", "4", "8"]
     ]  # fmt: skip
-    assert [line.split()[:5] for line in lines if "<- chosen" in line] == [
-        ["4", "2", "8", "1100.000", "2.71"], ["1", "0", "-", "1000.000", "1.00"]
+    assert [line.split()[:6] for line in lines if "<- chosen" in line] == [
+        ["4", "2", "4", "8", "1100.000", "2.71"], ["1", "0", "1", "-", "1000.000", "1.00"]
     ]  # fmt: skip
     assert sum("saved to" in line for line in lines) == 2
     assert sum("nothing is drafted" in line for line in lines) == 1
-    assert float(next(line for line in lines[8:] if "chosen" in line).split()[5]) == 4.0  # of all four
+    assert float(next(line for line in lines[8:] if "chosen" in line).split()[6]) == 4.0  # of all four
     setting = f"cpu, {torch.get_num_threads()} threads, float32"
     assert saved(checkpoint)["draft_nodes"] == {
         setting: {"nodes": 4, "streams": 2, "beam": 8},

@@ -13,8 +13,6 @@ from transformers import AutoConfig, GenerationConfig
 from ...quantizers.awq_checkpoint import translate_config
 
 STREAM_PREFIX = "streams."
-UNREAD = frozenset({"streams.draft_vocab"})
-"""Stream weights that a checkpoint may hold and nothing reads: which tokens its streams could draft, now all of them."""
 
 
 class StreamCheckpointMixin:
@@ -140,9 +138,7 @@ def _check_main_keys(base_path: str, info: dict[str, Any]) -> None:
 def _check_stream_keys(directory, info: dict[str, Any], prefix: str = STREAM_PREFIX) -> None:
     """Raises ValueError for stream weights that are missing, and for unknown ones whose names start with `prefix`."""
     missing = sorted(key for key in info["missing_keys"] if key.startswith(STREAM_PREFIX))
-    unexpected = sorted(
-        key for key in info["unexpected_keys"] if key.startswith(prefix) and key not in UNREAD
-    )
+    unexpected = sorted(key for key in info["unexpected_keys"] if key.startswith(prefix))
     if missing or unexpected:
         raise ValueError(
             f"the checkpoint {directory} does not hold the streams its config.json describes: missing {missing}, "

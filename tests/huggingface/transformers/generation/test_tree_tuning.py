@@ -294,6 +294,16 @@ def test_on_a_device_with_captured_steps_numbers_are_grown_trees_with_all_stream
     assert sizes == [20, 16, 1, 1]  # tuned for one sequence, cut to what a large batch bears
 
 
+def test_carriers_are_some_of_the_nodes(model):
+    shape = TreeShape((-1, 0, 0), 1)
+    assert [DraftPlan(shape, carriers=carriers).rows for carriers in (1, 2, 3, None)] == [4, 5, 6, 6]
+    for carriers in (0, -3, 4):
+        with pytest.raises(ValueError, match=f"some of the tree's 3 nodes, got {carriers}"):
+            DraftPlan(shape, carriers=carriers)
+    assert make_plan(model, 9, 3, 1, carriers=8).carriers is None  # a chain of 4 nodes
+    assert make_plan(model, 9, 3, BEAM, carriers=5).carriers == 5
+
+
 def test_a_grown_tree_counts_no_more_children_than_its_beam(model):
     update_settings(model, rank_accuracy=[[0.3, 0.2, 0.2, 0.1]])
     assert make_plan(model, 9, 1, 2).shape.nodes == 3

@@ -105,20 +105,6 @@ def test_missing_and_unknown_stream_weights(whole):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
-def test_a_list_of_tokens_to_draft_is_left_unread(whole, adapter):
-    """Checkpoints of before hold one, or the number 0 for none."""
-    for model, directory in (whole, adapter):
-        _edit(directory / "config.json", draft_vocab_size=0)
-        assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(directory)), _logits(model))
-        _edit(directory / "config.json", draft_vocab_size=5)
-        weights = load_file(directory / "model.safetensors")
-        weights["streams.draft_vocab"] = torch.arange(5)
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        again = AutoModelForCausalLM.from_pretrained(directory)
-        assert torch.equal(_logits(again), _logits(model))
-        assert "streams.draft_vocab" not in again.state_dict()
-
-
 @pytest.mark.parametrize("fault", ["missing", "unknown", "shape", "no file"])
 def test_broken_adapter(adapter, fault):
     """M04: keys are listed, nothing is initialised at random."""
