@@ -97,6 +97,7 @@ def sized(rows: int, columns: int, inner: int, dtype=torch.bfloat16) -> tuple[to
 
 
 def test_what_our_kernels_compute_is_not_divided(monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.setattr(skinny_linear, "unavailable", lambda device: None)
     monkeypatch.setattr(skinny_linear, "gluon_unavailable", lambda: None)
     assert choose_fragment_tile(40, 2048, 2048) is not None
