@@ -1,15 +1,17 @@
 """The generation configuration of a call, as upstream prepares it, without doing again what was done for the call before.
 
 Upstream copies the caller's configuration and the model's in every call of `generate`, field by field, some seventy numbers,
-strings and `None`, and compares the model's configuration with its defaults. A small model's first token waits for that. Here the
-copies leave out what cannot change, and where everything that was looked at is as it was in the last call, so is the outcome. The
-rest of upstream's preparation is called as it is,
-https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/generation/utils.py, `_prepare_generation_config`.
+strings and `None`, and compares the model's configuration with its defaults. Then it sends the special tokens to the device and
+asks it twice about them. A small model's first token waits for that. Here the copies leave out what cannot change, and where
+everything that was looked at is as it was in the last call, so is the outcome. The rest of upstream's preparation is called as it
+is: `_prepare_generation_config` and `_prepare_special_tokens` of
+https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/generation/utils.py.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +21,10 @@ from transformers import GenerationConfig, GenerationMixin
 
 PLAIN = frozenset((bool, int, float, str, type(None)))
 """Types whose values are their own deep copies."""
-PREPARED = "_prepared_generation_config"
-"""Where a model keeps the outcome of its last call."""
+PREPARED, SPECIAL = "_prepared_generation_config", "_prepared_special_tokens"
+"""Where a model keeps the outcomes of its last call."""
+TOKENS = ("bos", "eos", "pad", "decoder_start")
+"""Special tokens: of each a configuration has an id and, once prepared, a tensor."""
 
 Fields = dict[str, Any]
 
@@ -41,6 +45,35 @@ def prepare_generation_config(
         fields = _deep_copied(config.__dict__)
         model.__dict__[PREPARED] = _Prepared(_kept(looked_at), fields, tuple(left))
     return config, left
+
+
+def prepare_special_tokens(
+    model: Any, config: GenerationConfig, prepare: Callable[[], None], device: Any, warns: bool
+) -> None:
+    """Gives `config` the tensors of its special tokens, those of the last call if it had the same.
+
+    Args:
+        model: keeps them.
+        config: of the call; changed in place.
+        prepare: does it upstream's way.
+        device: of the tensors.
+        warns: whether upstream may have something to say of a missing mask.
+    """
+    ids = [getattr(config, f"{name}_token_id") for name in TOKENS]
+    asked, known = (*ids, str(device)), model.__dict__.get(SPECIAL)
+    fields = [f"_{name}_token_tensor" for name in TOKENS]
+    if known is not None and not warns and _same(known[0], asked):
+        config.__dict__.update(zip(fields, known[1], strict=True))
+        return
+    prepare()
+    # Of other ids upstream warns in every call.
+    if all(one is None or _are_ids(one) for one in ids):
+        kept = tuple(list(one) if isinstance(one, list) else one for one in asked)
+        model.__dict__[SPECIAL] = (kept, [getattr(config, field) for field in fields])
+
+
+def _are_ids(given: Any) -> bool:
+    return all(type(one) is int and one >= 0 for one in (given if isinstance(given, list) else [given]))
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .configuration_utils import prepare_generation_config
+from .configuration_utils import prepare_generation_config, prepare_special_tokens
 from .decode_run import DecodeOptions, start_run
 from .model_context import model_context
 from .processors import check_processors
@@ -113,6 +114,19 @@ class SpecGenerationMixin:
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         return prepare_generation_config(self, generation_config, **kwargs)
+
+    def _prepare_special_tokens(
+        self,
+        generation_config: GenerationConfig,
+        kwargs_has_attention_mask: bool | None = None,
+        device: torch.device | str | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        upstream = partial(
+            super()._prepare_special_tokens, generation_config, kwargs_has_attention_mask, device, batch_size
+        )
+        warns = kwargs_has_attention_mask is False and batch_size != 1
+        prepare_special_tokens(self, generation_config, upstream, device, warns)
 
     # What upstream's preparation asks of every model. Each answer is upstream's own for the models at hand, or nothing where our
     # loop never reads it; found upstream's way they took over a third of the time to a small model's first token.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -117,6 +118,59 @@ def test_a_changed_model_configuration_is_asked_again():
     model.config.max_length = 7
     prepare_generation_config(model, None)
     assert len(asked) == 2
+
+
+IDS = [
+    {},
+    {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    {"eos_token_id": [2, 3]},
+    {"eos_token_id": 2, "pad_token_id": 2, "decoder_start_token_id": 4},
+    {"eos_token_id": -1},
+    {"eos_token_id": torch.tensor([5, 6])},
+    {"eos_token_id": 2.0},
+]
+
+
+@pytest.mark.parametrize("ids", IDS, ids=range(len(IDS)))
+@pytest.mark.parametrize("masked, batch", [(True, 1), (True, 2), (False, 1), (False, 2), (None, None)])
+def test_special_tokens_are_upstreams_in_every_call(ids, masked, batch, make_model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = make_model("llama")
+    monkeypatch.delitem(model.__dict__, "_prepared_special_tokens", raising=False)
+
+    def told(prepare) -> tuple:
+        caplog.clear()
+        config = GenerationConfig(**ids)
+        prepare(config, masked, "cpu", batch)
+        tensors = {name: value for name, value in vars(config).items() if name.endswith("_token_tensor")}
+        said = [
+            record.message for record in caplog.records if "cannot be inferred" not in record.message
+        ]  # once
+        return {name: str(value) for name, value in tensors.items()}, said
+
+    upstream = partial(GenerationMixin._prepare_special_tokens, model)
+    expected = told(upstream)
+    assert [told(model._prepare_special_tokens) for _ in range(3)] == [expected] * 3
+    other = GenerationConfig(eos_token_id=7)
+    model._prepare_special_tokens(other, masked, "cpu", batch)
+    assert other._eos_token_tensor.tolist() == [7]
+    assert told(model._prepare_special_tokens) == expected
+
+
+def test_special_tokens_are_made_once_and_follow_a_list(make_model, monkeypatch):
+    model, ids = make_model("llama"), [2, 3]
+    monkeypatch.delitem(model.__dict__, "_prepared_special_tokens", raising=False)
+
+    def made() -> torch.Tensor:
+        config = GenerationConfig()
+        config.eos_token_id = ids
+        model._prepare_special_tokens(config, True, "cpu", 1)
+        return config._eos_token_tensor
+
+    first = made()
+    assert made() is first
+    ids.append(4)
+    assert made().tolist() == [2, 3, 4]
 
 
 def test_nothing_is_shared_with_the_call():
