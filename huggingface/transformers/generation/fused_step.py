@@ -66,7 +66,7 @@ class FusedStep:
         self.embeddings = embedding_tables(model)
         self.nodes = plan.shape.nodes
         self.streams = plan.shape.streams if self.nodes > 1 else 0
-        self.carriers = min(plan.carriers or self.nodes, self.nodes)
+        self.carriers = plan.carriers or self.nodes
         self.depth = max(self.streams, plan.lookup) if self.nodes > 1 else 0
         # A finished sequence may take two steps more before the host says so.
         self.cache = StaticTreeCache.for_model(model, batch, capacity, self.nodes + 2 * (self.depth + 1))

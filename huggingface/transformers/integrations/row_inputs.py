@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .triton_support import (
     jit,
-    overlaps_launches,
+    overlap_options,
     release_dependents,
     tl,
     triton,
@@ -62,7 +62,7 @@ def embed_nodes(
         features,
         HAS_POSITIONS=position_table is not None,
         BLOCK=BLOCK,
-        **_overlap(tokens.device),
+        **overlap_options(tokens.device),
     )
     return hidden, positions
 
@@ -104,7 +104,7 @@ def start_streams(hidden: torch.Tensor, offsets: torch.Tensor, carriers: int) ->
         streams,
         features,
         BLOCK=BLOCK,
-        **_overlap(hidden.device),
+        **overlap_options(hidden.device),
     )
     return rows
 
@@ -113,10 +113,6 @@ def start_streams_reference(hidden: torch.Tensor, offsets: torch.Tensor, carrier
     """Returns what :func:`start_streams` returns, by plain operations."""
     started = (hidden[:, :carriers, None] + offsets).flatten(1, 2)
     return torch.cat([hidden, started], dim=1)
-
-
-def _overlap(device: torch.device) -> dict[str, bool]:
-    return {"PDL": True, "launch_pdl": True} if overlaps_launches(device) else {"PDL": False}
 
 
 @jit

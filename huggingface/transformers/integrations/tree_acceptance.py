@@ -12,7 +12,7 @@ import torch
 
 from .tree_acceptance_kernels import accept_kernel, best_tokens_kernel, commit_kernel
 from .tree_drafting import TreeTensors, next_power_of_two
-from .triton_support import overlaps_launches, unavailable
+from .triton_support import overlap_options, unavailable
 
 VOCABULARY_BLOCK = 1024
 """Logits a program of :func:`best_tokens` reads at once: 8 for each of 128 threads, 16 bytes in half precision."""
@@ -95,7 +95,7 @@ def best_tokens(
         TILES=-(-vocab // (blocks * VOCABULARY_BLOCK)),
         BLOCK=VOCABULARY_BLOCK,
         BLOCKS=next_power_of_two(blocks),
-        **_overlap(logits.device),
+        **overlap_options(logits.device),
     )
     return out
 
@@ -169,7 +169,7 @@ def accept_and_advance(
         NODES=next_power_of_two(nodes),
         COLUMNS=next_power_of_two(packed.shape[1]),
         BLOCK=STATE_BLOCK,
-        **_overlap(chosen.device),
+        **overlap_options(chosen.device),
     )
 
 
@@ -245,7 +245,7 @@ def commit_rows(
         SIZE=size,
         LANES=next_power_of_two(size),
         ROWS=next_power_of_two(path.shape[1]),
-        **_overlap(block.device),
+        **overlap_options(block.device),
     )
 
 
@@ -261,8 +261,3 @@ def commit_rows_reference(
         for place in range(1, int(packed[row, 0])):
             if start + nodes[place] < slots:
                 block[:, :, row, :, start + place] = block[:, :, row, :, start + nodes[place]]
-
-
-def _overlap(device: torch.device) -> dict[str, bool]:
-    """Returns the launch options of kernels that may start before the one in front has finished."""
-    return {"PDL": True, "launch_pdl": True} if overlaps_launches(device) else {"PDL": False}

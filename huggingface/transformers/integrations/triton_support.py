@@ -70,6 +70,11 @@ def overlaps_launches(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def overlap_options(device: torch.device) -> dict[str, bool]:
+    """Returns the launch options of a kernel that may start before the one in front of it has finished, where it may."""
+    return {"PDL": True, "launch_pdl": True} if overlaps_launches(device) else {"PDL": False}
+
+
 @jit
 def release_dependents(PDL: tl.constexpr):
     """Lets the next kernel be scheduled; without `PDL` it starts when this one has finished."""
